@@ -1,0 +1,12 @@
+"""jaxemo: emotion directions inside open-weight language models, read and steered in one compiled JAX program."""
+
+from jaxemo import checkpoints, kernels, steering
+from jaxemo.capture import Capture
+from jaxemo.config import ModelConfig
+from jaxemo.language_model import Generation, LanguageModel, Output, Reading, load
+from jaxemo.steering import Steering
+from jaxemo.tokens import TokenBatch
+
+__version__ = "0.1.0"
+__all__ = ["Capture", "Generation", "LanguageModel", "ModelConfig", "Output", "Reading", "Steering", "TokenBatch",
+           "checkpoints", "kernels", "load", "steering"]  # fmt: skip

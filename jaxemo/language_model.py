@@ -1,0 +1,334 @@
+"""LanguageModel: weights, configuration and tokenizer together; the object a user holds."""
+
+import functools
+import os
+import pathlib
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, Protocol
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from jaxemo import capture as capture_lib
+from jaxemo import checkpoints, generate, model, steering as steering_lib, tokens as tokens_lib
+from jaxemo import params as params_lib
+from jaxemo.capture import Capture, Captured
+from jaxemo.config import ModelConfig
+from jaxemo.steering import Steering
+from jaxemo.tokens import TokenBatch, Tokenizer
+
+SteeringArg = Steering | None | Sequence[Steering | None]
+
+
+class Directions(Protocol):
+    """Named directions to read: `names [E]`, `directions [L, E, D]`, and the layer to read them at by default."""
+
+    names: tuple[str, ...]
+    directions: np.ndarray
+    layer: int
+
+
+@flax.struct.dataclass
+class Output:
+    """`logits` float32 `[B, T, V]` (`[B, V]` for `logits="last"`, None for None) and what a Capture asked for."""
+
+    logits: jax.Array | None
+    captured: Captured | None
+
+
+@flax.struct.dataclass
+class Reading:
+    """Scores of texts on named directions.
+
+    `scores [B, T, E]` at one layer or `[L, B, T, E]` at all, 0 on padding; `pooled` the means over each text's tokens,
+    `[B, E]` or `[L, B, E]`; `tokens` the text of every token; `names` the directions.
+    """
+
+    names: tuple[str, ...] = flax.struct.field(pytree_node=False)
+    tokens: list[list[str]] = flax.struct.field(pytree_node=False)
+    lengths: np.ndarray
+    scores: np.ndarray
+    pooled: np.ndarray
+
+
+@flax.struct.dataclass
+class Generation:
+    """What was generated: `texts`, `tokens [B, N]` (0 after the end), their `lengths [B]`, the `logprobs [B, N]` of the
+    tokens under the (steered) model at temperature 1, and `scores [B, N, E]` of every token where a readout was asked for.
+    """
+
+    texts: list[str] | None = flax.struct.field(pytree_node=False)
+    tokens: np.ndarray
+    lengths: np.ndarray
+    logprobs: np.ndarray
+    scores: np.ndarray | None
+
+
+@functools.partial(jax.jit, static_argnames=("config", "logits"))
+def _forward(config, params, ids, lengths, interventions, probes, logits):
+    x, _, captured = model.forward(config, params, ids, interventions=interventions, probes=probes)
+    if logits is None:
+        return Output(None, captured)
+    if logits == "last":
+        x = jnp.take_along_axis(x, (lengths - 1)[:, None, None], axis=1)[:, 0]
+    return Output(model.unembed(config, params, x), captured)
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def _logprobs(config, params, ids, interventions):
+    x, _, _ = model.forward(config, params, ids, interventions=interventions)
+
+    def one_row(row):  # row by row: all logits at once would be B * T * V floats
+        x, following = row
+        logits = model.unembed(config, params, x)
+        return jnp.take_along_axis(logits, following[:, None], axis=-1)[:, 0] - jax.nn.logsumexp(logits, axis=-1)
+
+    return jnp.pad(lax.map(one_row, (x[:, :-1], ids[:, 1:])), ((0, 0), (1, 0)))
+
+
+class LanguageModel:
+    """A decoder-only transformer ready to run. `params` decides device, dtype and layer layout; see `jaxemo.params`."""
+
+    def __init__(self, config: ModelConfig, params: params_lib.Params, tokenizer: Tokenizer | None = None, source: str = ""):
+        params_lib.check(config, params)
+        self.config, self.params, self._tokenizer, self.source = config, params, tokenizer, source
+
+    def __repr__(self) -> str:
+        c = self.config
+        return (f"LanguageModel({self.source or c.family}: {params_lib.count(c) / 1e6:.0f} M parameters, {c.n_layers} layers, "
+                f"d_model {c.d_model}, {self.params['embed'].dtype})")  # fmt: skip
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        if self._tokenizer is None:
+            raise ValueError("this model has no tokenizer; give token ids [B, T] instead of texts")
+        return self._tokenizer
+
+    def tokenize(self, texts_or_chats) -> TokenBatch:
+        """Texts or chats (one or several) as right-padded rows; a chat ends where the assistant's answer begins."""
+        return tokens_lib.pad(tokens_lib.encode(self.tokenizer, texts_or_chats))
+
+    def _batch(self, inputs) -> TokenBatch:
+        if not isinstance(inputs, TokenBatch) and not hasattr(inputs, "ndim"):
+            inputs = self.tokenize(inputs)
+        batch = tokens_lib.as_batch(inputs, self.config.vocab_size)
+        if batch.lengths.max() > self.config.max_positions:
+            raise ValueError(f"a row has {batch.lengths.max()} tokens; the model was made for {self.config.max_positions}")
+        return batch
+
+    def forward(
+        self,
+        batch,
+        steering: SteeringArg = None,
+        capture: Capture | None = None,
+        logits: Literal["all", "last"] | None = "all",
+    ) -> Output:
+        """One compiled pass over a TokenBatch, an integer array `[B, T]`, texts or chats.
+
+        `steering` is one Steering for all rows or a list with one (or None) a row; `capture` says what else to return;
+        `logits` is "all" positions, each row's "last" token, or None. Compiles once for each shape, for having or not
+        having steering, and for the kinds of capture; never for their values.
+        """
+        batch = self._batch(batch)
+        interventions = None if steering is None else steering_lib.resolve(self.config, steering, batch)
+        probes = None if capture is None else capture_lib.resolve(self.config, capture, batch)
+        return _forward(self.config, self.params, batch.ids, batch.lengths, interventions, probes, logits)
+
+    def logprobs(self, batch, steering: SteeringArg = None) -> jax.Array:
+        """Log-probability `[B, T]` of every token given those before it (0 for the first; padding is meaningless)."""
+        batch = self._batch(batch)
+        interventions = None if steering is None else steering_lib.resolve(self.config, steering, batch)
+        return _logprobs(self.config, self.params, batch.ids, interventions)
+
+    def read(self, texts, vectors: Directions, layer: int | None = None, steering: SteeringArg = None) -> Reading:
+        """Project every token's residual stream, after block `layer` (all layers if None), on `vectors`' directions."""
+        batch = self._batch(texts)
+        wanted = {"resid_post": "all" if layer is None else [layer]}
+        out = self.forward(batch, steering, Capture(scores=wanted, directions=vectors.directions), logits=None)
+        assert out.captured is not None
+        real = np.arange(batch.ids.shape[1]) < np.asarray(batch.lengths)[:, None]
+        scores = np.where(real[..., None], np.asarray(out.captured.scores["resid_post"]), 0)
+        pooled = scores.sum(2) / np.asarray(batch.lengths)[:, None]
+        words = [[self._token(i) for i in row[:n]] for row, n in zip(batch.ids, batch.lengths, strict=True)]
+        one = layer is not None
+        return Reading(tuple(vectors.names), words, np.asarray(batch.lengths), scores[0] if one else scores,
+                       pooled[0] if one else pooled)  # fmt: skip
+
+    def _token(self, index) -> str:
+        return str(index) if self._tokenizer is None else self._tokenizer.token(index)
+
+    def generate(
+        self,
+        prompts,
+        steering: SteeringArg = None,
+        max_new_tokens: int = 64,
+        temperature: float | Sequence[float] = 0.0,
+        top_k: int | Sequence[int] = 0,
+        top_p: float | Sequence[float] = 1.0,
+        min_p: float | Sequence[float] = 0.0,
+        seed: int | Sequence[int] = 0,
+        stop: Sequence[int | str] | None = None,
+        read: Directions | None = None,
+        layer: int | None = None,
+        stream: Callable[[list[str]], Any] | None = None,
+    ) -> Generation:
+        """Continue prompts (texts, chats, a TokenBatch or an integer array), steered, and read every generated token.
+
+        Args:
+          steering: as in `forward`; its token selection says whether prompt, generated tokens or all are steered.
+          temperature, top_k, top_p, min_p: one value or one a row; temperature 0 is greedy.
+          seed: row i of an integer seed draws from `fold_in(key(seed), i)`; a list gives each row its own seed, so that
+            a row's text does not depend on what shares its batch, nor on its place in it.
+          stop: token ids and strings that end a text (kept out of it); by default the model's own end tokens, [] for none.
+          read, layer: directions to score every generated token on, from the same pass, after block `layer` (by default
+            `read.layer`).
+          stream: called after every token with each row's new piece of text.
+        """
+        batch = self._batch(prompts)
+        B, T = batch.ids.shape
+        if max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens is {max_new_tokens}; it must be at least 1")
+        if batch.lengths.max() + max_new_tokens > self.config.max_positions:
+            raise ValueError(f"{batch.lengths.max()} prompt tokens and {max_new_tokens} new ones exceed the model's "
+                             f"{self.config.max_positions} positions")  # fmt: skip
+        stop_ids, stop_texts = self._stops(stop)
+        sampling = _sampling(B, temperature, top_k, top_p, min_p, seed)
+        interventions = None
+        if steering is not None:
+            interventions = steering_lib.resolve(self.config, steering, batch, max_new_tokens)
+        probes = None
+        if read is not None:
+            at = read.layer if layer is None else layer
+            wanted = Capture(scores={"resid_post": [at]}, directions=read.directions)
+            probes = capture_lib.resolve(self.config, wanted, batch)
+
+        room = tokens_lib.bucket(max_new_tokens, 16)
+        state = generate.prefill(
+            self.config, self.params, batch.ids, batch.lengths, sampling, interventions, probes, room
+        )
+        ends: list[int | None] = [None] * B  # where a stop string ends the text, in characters
+        shown = [0] * B
+        pace = 1 if stream else 16 if stop_texts else max_new_tokens
+        limit = 0
+        while limit < max_new_tokens:
+            limit = min(limit + pace, max_new_tokens)
+            state = generate.decode(
+                self.config, self.params, state, sampling, stop_ids, np.int32(limit), interventions, probes
+            )
+            if not (stream or stop_texts):
+                break
+            done = np.asarray(state.done)
+            finished = done.all() or limit == max_new_tokens
+            texts = self._texts(state.tokens, state.lengths)
+            ends = [_first(text, stop_texts) for text in texts]
+            if stream:
+                pieces = []
+                for i, text in enumerate(texts):
+                    # Hold back a character whose bytes are not all there yet, and what may be the start of a stop.
+                    safe = len(text) if finished or done[i] else len(text.rstrip("�")) - _overlap(text, stop_texts)
+                    upto = safe if ends[i] is None else min(safe, ends[i])
+                    pieces.append(text[shown[i] : upto])
+                    shown[i] = max(shown[i], upto)
+                stream(pieces)
+            stopped = done | np.array([end is not None for end in ends])
+            if stopped.all():
+                break
+            if stop_texts:
+                state = state.replace(done=jnp.asarray(stopped))
+
+        tokens, lengths = np.array(state.tokens[:, :max_new_tokens]), np.array(state.lengths)
+        logprobs = np.array(state.logprobs[:, :max_new_tokens])
+        scores = None if state.scores is None else np.array(state.scores[:, :max_new_tokens])
+        texts = None
+        if self._tokenizer is not None:
+            texts = self._texts(tokens, lengths)
+            for i, text in enumerate(texts):
+                end = _first(text, stop_texts)
+                if end is None:
+                    continue
+                texts[i] = text[:end]
+                kept = 0  # the fewest tokens that hold the text before the stop
+                while len(self.tokenizer.decode(tokens[i, :kept])) < end:
+                    kept += 1
+                lengths[i], tokens[i, kept:], logprobs[i, kept:] = kept, 0, 0
+                if scores is not None:
+                    scores[i, kept:] = 0
+        return Generation(texts, tokens, lengths, logprobs, scores)
+
+    def _stops(self, stop) -> tuple[np.ndarray, list[str]]:
+        """Stop token ids, padded so that their number does not recompile, and the stop strings that are not one token."""
+        if stop is None:
+            stop = self._tokenizer.stop_ids if self._tokenizer is not None else ()
+        ids, texts = [], []
+        for item in [stop] if isinstance(stop, str | int) else stop:
+            if isinstance(item, str):
+                special = self.tokenizer.backend.token_to_id(item)
+                if not item:
+                    raise ValueError("an empty string cannot stop a text")
+                if special is not None and special in self.tokenizer.stop_ids:
+                    ids.append(special)
+                else:
+                    texts.append(item)
+            else:
+                ids.append(int(item))
+        return np.array(ids + [-1] * (max(8, len(ids)) - len(ids)), np.int32), texts
+
+    def _texts(self, tokens, lengths) -> list[str]:
+        rows = zip(np.asarray(tokens), np.asarray(lengths), strict=True)
+        return [self.tokenizer.decode(row[:n]) for row, n in rows]
+
+
+def _first(text: str, stops: Sequence[str]) -> int | None:
+    return min((at for stop in stops if (at := text.find(stop)) >= 0), default=None)
+
+
+def _overlap(text: str, stops: Sequence[str]) -> int:
+    """Length of the longest end of `text` that begins one of `stops`."""
+    return max((n for stop in stops for n in range(1, len(stop)) if text.endswith(stop[:n])), default=0)
+
+
+def _sampling(rows: int, temperature, top_k, top_p, min_p, seed) -> generate.Sampling:
+    def per_row(name, value, dtype, low, high):
+        array = np.asarray(value, dtype)
+        if array.shape not in ((), (rows,)) or not ((array >= low) & (array <= high)).all():
+            raise ValueError(f"{name}={value}: expected a number from {low} to {high}, or {rows} of them")
+        return np.broadcast_to(array, rows)
+
+    seeds = np.asarray(seed, np.uint32)
+    if seeds.shape == ():
+        keys = jax.vmap(lambda row: jax.random.fold_in(jax.random.key(seeds), row))(jnp.arange(rows))
+    elif seeds.shape == (rows,):
+        keys = jax.vmap(jax.random.key)(seeds)
+    else:
+        raise ValueError(f"{seeds.size} seeds for {rows} rows; give one, or one a row")
+    return generate.Sampling(
+        temperature=per_row("temperature", temperature, np.float32, 0, np.inf),
+        top_k=per_row("top_k", top_k, np.int32, 0, np.iinfo(np.int32).max),
+        top_p=per_row("top_p", top_p, np.float32, 0, 1),
+        min_p=per_row("min_p", min_p, np.float32, 0, 1),
+        key=keys,
+    )
+
+
+def load(model: str | os.PathLike, dtype=None, stacked: bool | None = None) -> LanguageModel:
+    """A LanguageModel from a registry name (fetched on first use) or the path of a `.gguf` file.
+
+    `dtype` is float32 or bfloat16, by default float32 on CPU and bfloat16 on accelerators. `stacked` chooses the layer
+    layout (see `jaxemo.params`): by default separate on CPU and stacked on accelerators. Raises ValueError for a name that
+    means nothing, FileNotFoundError, or CheckpointError where a file is not understood.
+    """
+    from jaxemo.checkpoints import convert, gguf
+
+    on_cpu = jax.default_backend() == "cpu"
+    dtype = convert.as_dtype(dtype or ("float32" if on_cpu else "bfloat16"))
+    name = os.fspath(model)
+    path = checkpoints.pull(name) if name in checkpoints.REGISTRY else pathlib.Path(name)
+    if not path.exists():
+        raise FileNotFoundError(f"{name!r} is neither a registered model ({', '.join(checkpoints.REGISTRY)}) nor a file")
+    if path.suffix != ".gguf":
+        raise ValueError(f"{name!r}: only registered models and .gguf files can be loaded")
+    config, params, tokenizer = gguf.load(path, dtype, not on_cpu if stacked is None else stacked)
+    return LanguageModel(config, params, tokenizer, source=name)

@@ -1,0 +1,289 @@
+"""Steering: interventions on the residual stream, as data.
+
+At each layer, with unit directions `d_m`, coefficients `a, b` and the tokens they act on:
+
+    s_m = x · d_m                          how far x reaches along the direction
+    x'  = x + Σ_m (a_m − b_m · s_m) d_m    the intervention, after the block
+
+*add* is (a, b) = (strength · norm, 0), *ablate* (0, 1), *clamp* to c (c, 1), *dampen* by β (0, β). All interventions
+at a layer act at once on the same x. What does nothing has a = b = 0, which leaves x bit for bit as it was.
+
+`Steering` is what a user holds, for one row; `resolve` turns one per row into `Interventions`, the arrays that enter
+the compiled forward. New values in arrays of the same shape never recompile.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxemo.config import ModelConfig
+from jaxemo.tokens import Selection, Span, TokenBatch, spans
+
+ADD, SET, DAMPEN = "add", "set", "dampen"  # `set` fixes the projection: clamp, or ablate at 0
+
+
+def resolve_layers(layers: str | int | Sequence[int], n_layers: int) -> tuple[int, ...]:
+    """Layer numbers from "all", a number or several (negative from the end); raises on unknown, double or no layers."""
+    if isinstance(layers, str):
+        if layers != "all":
+            raise ValueError(f"layers={layers!r}; expected 'all' or layer numbers")
+        return tuple(range(n_layers))
+    numbers = [int(i) for i in (np.atleast_1d(np.asarray(layers, object)))]
+    if not numbers:
+        raise ValueError("no layers given: this would do nothing")
+    for i in numbers:
+        if not -n_layers <= i < n_layers:
+            raise ValueError(f"layer {i} does not exist: the model's {n_layers} layers are 0 to {n_layers - 1}")
+    found = tuple(i % n_layers for i in numbers)
+    if len(set(found)) < len(found):
+        raise ValueError(f"layers {numbers} name a layer twice")
+    return found
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Term:
+    """One direction doing one thing. Arrays are per layer; `value` is 0 and `active` False where it does not act."""
+
+    kind: str  # ADD, SET or DAMPEN
+    directions: np.ndarray  # [L, D] float32, unit length
+    value: np.ndarray  # [L] float32: a for ADD, the target projection for SET, β for DAMPEN
+    active: np.ndarray  # [L] bool
+    tokens: Selection
+
+    def same_as(self, other: "Term") -> bool:
+        return (
+            (self.kind, self.tokens) == (other.kind, other.tokens)
+            and np.array_equal(self.active, other.active)
+            and np.array_equal(self.directions, other.directions)
+        )
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Steering:
+    """Interventions for one row. They add (`a + b`), and those that add vectors scale (`2 * a`, `-a`, `a - b`)."""
+
+    terms: tuple[Term, ...] = ()
+    keep_norm: bool = False  # rescale each steered token to the norm it had
+
+    def __add__(self, other: "Steering") -> "Steering":
+        terms = list(self.terms)
+        for term in other.terms:  # equal directions meet in one coefficient, so that v - v is exactly nothing
+            twin = next((i for i, t in enumerate(terms) if t.kind == ADD and t.same_as(term)), None)
+            if twin is None:
+                terms.append(term)
+            else:
+                terms[twin] = dataclasses.replace(term, value=terms[twin].value + term.value)
+        return Steering(tuple(terms), self.keep_norm or other.keep_norm)
+
+    def __mul__(self, factor: float) -> "Steering":
+        for term in self.terms:
+            if term.kind != ADD:
+                raise TypeError(f"only added vectors scale; this steering has a term of kind {term.kind!r}")
+        terms = (dataclasses.replace(t, value=np.float32(factor) * t.value) for t in self.terms)
+        return dataclasses.replace(self, terms=tuple(terms))
+
+    __rmul__ = __mul__
+
+    def __neg__(self) -> "Steering":
+        return self * -1.0
+
+    def __sub__(self, other: "Steering") -> "Steering":
+        return self + -other
+
+
+def steer(
+    kind: str,
+    directions: np.ndarray,
+    value: np.ndarray | float,
+    layers: str | int | Sequence[int] = "all",
+    tokens: Selection = "all",
+    keep_norm: bool = False,
+) -> Steering:
+    """One intervention along `directions [L, D]` (any length; only their direction counts) with `value` per layer."""
+    directions = np.asarray(directions, np.float32)
+    if directions.ndim != 2:
+        raise ValueError(f"directions must be [L, D], one a layer, not {list(directions.shape)}")
+    n_layers = len(directions)
+    active = np.zeros(n_layers, bool)
+    active[list(resolve_layers(layers, n_layers))] = True
+    lengths = np.linalg.norm(directions.astype(np.float64), axis=1, keepdims=True)
+    if not np.isfinite(lengths).all() or not (lengths[active] > 0).all():
+        bad = [i for i in np.flatnonzero(active) if not (np.isfinite(lengths[i]) and lengths[i] > 0)]
+        raise ValueError(f"the direction at layers {bad} is zero or not finite")
+    values = np.broadcast_to(np.asarray(value, np.float32), (n_layers,))
+    if not np.isfinite(values[active]).all():
+        raise ValueError(f"{kind} has a value that is not finite")
+    unit = np.where(lengths > 0, directions / np.maximum(lengths, 1e-300), 0).astype(np.float32)
+    term = Term(kind, unit, np.where(active, values, np.float32(0)), active, tokens)
+    return Steering((term,), keep_norm)
+
+
+def add(directions, amount, layers="all", tokens="all", keep_norm=False) -> Steering:
+    """Add `amount` (in the residual stream's own units, a number or one per layer) of each unit direction."""
+    return steer(ADD, directions, amount, layers, tokens, keep_norm)
+
+
+def ablate(directions, layers="all", tokens="all", keep_norm=False) -> Steering:
+    """Project the direction out of the residual stream. Several ablated together leave no part of their span."""
+    return steer(SET, directions, 0.0, layers, tokens, keep_norm)
+
+
+def clamp(directions, value, layers="all", tokens="all", keep_norm=False) -> Steering:
+    """Set the projection onto the direction to `value`, whatever it was."""
+    return steer(SET, directions, value, layers, tokens, keep_norm)
+
+
+def dampen(directions, beta, layers="all", tokens="all", keep_norm=False) -> Steering:
+    """Shrink the projection onto the direction by the fraction `beta` (1 is ablation, negative amplifies)."""
+    return steer(DAMPEN, directions, beta, layers, tokens, keep_norm)
+
+
+# ---- arrays ----------------------------------------------------------------------------------------------------------
+
+
+@flax.struct.dataclass
+class LayerInterventions:
+    """What one layer needs (or all layers, with a leading L axis). M is the number of distinct directions in use."""
+
+    bank: jax.Array  # [M, D] float32 unit directions
+    a: jax.Array  # [B, M] float32
+    b: jax.Array  # [B, M] float32
+    keep_norm: jax.Array  # [B] bool
+
+
+@flax.struct.dataclass
+class Interventions:
+    """Everything that steers one batch: per-layer arrays, and where each row's direction acts."""
+
+    layers: LayerInterventions  # leaves with a leading L axis
+    spans: jax.Array  # [B, M, 2] int32: absolute positions start <= t < stop
+
+
+def apply(steering: Interventions, layer: LayerInterventions, x: jax.Array, positions: jax.Array) -> jax.Array:
+    """The formula above, at one layer: `x [B, T, D]` at absolute `positions [B, T]`, in float32, returned as x's type."""
+    start, stop = steering.spans[:, None, :, 0], steering.spans[:, None, :, 1]
+    here = (start <= positions[:, :, None]) & (positions[:, :, None] < stop)  # [B, T, M]
+    x32 = x.astype(jnp.float32)
+    s = jnp.einsum("btd,md->btm", x32, layer.bank, precision="highest")
+    c = jnp.where(here, layer.a[:, None] - layer.b[:, None] * s, 0.0)
+    y = x32 + jnp.einsum("btm,md->btd", c, layer.bank, precision="highest")
+    ratio = _norm(x32) / jnp.maximum(_norm(y), jnp.finfo(jnp.float32).tiny)
+    rescale = layer.keep_norm[:, None] & (c != 0).any(-1)
+    return (y * jnp.where(rescale, ratio, 1.0)[..., None]).astype(x.dtype)
+
+
+def _norm(x):
+    # The where keeps the gradient of a zero vector finite.
+    square = jnp.sum(jnp.square(x), axis=-1)
+    return jnp.where(square > 0, jnp.sqrt(jnp.where(square > 0, square, 1.0)), 0.0)
+
+
+def resolve(
+    config: ModelConfig, steering: Steering | None | Sequence[Steering | None], batch: TokenBatch, new_tokens: int = 0
+) -> Interventions:
+    """The arrays for a batch, from one steering for all rows or a list with one (or None) a row.
+
+    Equal directions share a slot of the bank and the number of slots is a power of two, at least 4, so that most
+    changes keep the shape. Raises ValueError for a wrong number of rows, a direction of another model's size, or a
+    selection that names no token of its row.
+    """
+    lengths = [int(n) for n in np.asarray(batch.lengths)]
+    rows = [steering] * len(lengths) if steering is None or isinstance(steering, Steering) else list(steering)
+    if len(rows) != len(lengths):
+        raise ValueError(f"{len(rows)} steerings for {len(lengths)} rows; give one for all or one (or None) a row")
+    for i, row in enumerate(rows):
+        if row is not None and not isinstance(row, Steering):
+            raise TypeError(f"the steering of row {i} is {type(row).__name__}, not a Steering or None")
+
+    L, B, D = config.n_layers, len(rows), config.d_model
+    bank: list[np.ndarray] = []
+    slot_of: dict[Any, int] = {}
+    filled: set[tuple[int, int]] = set()
+    entries = []  # (row, slot, a [L], b [L], span)
+    keep_norm = np.zeros((L, B), bool)
+    cache: dict[Any, list] = {}
+    for row, (spec, length) in enumerate(zip(rows, lengths, strict=True)):
+        if spec is None:
+            continue
+        for term in spec.terms:
+            if term.directions.shape != (L, D):
+                raise ValueError(f"directions of shape {list(term.directions.shape)} do not fit a model with "
+                                 f"{L} layers of width {D} (row {row})")  # fmt: skip
+            if spec.keep_norm:
+                keep_norm[:, row] |= term.active
+        key = (id(spec), length)
+        if key not in cache:
+            cache[key] = _row_entries(spec, length, new_tokens)
+        for directions, a, b, span in cache[key]:
+            # A row may use one direction over several spans: each needs a slot of its own, which other rows share.
+            copy = 0
+            while (row, slot_of.setdefault((directions.tobytes(), copy), len(bank))) in filled:
+                copy += 1
+            slot = slot_of[directions.tobytes(), copy]
+            if slot == len(bank):
+                bank.append(directions)
+            filled.add((row, slot))
+            entries.append((row, slot, a, b, span))
+
+    M = 4
+    while M < len(bank):
+        M *= 2
+    arrays = LayerInterventions(
+        bank=np.zeros((L, M, D), np.float32),
+        a=np.zeros((L, B, M), np.float32),
+        b=np.zeros((L, B, M), np.float32),
+        keep_norm=keep_norm,
+    )
+    where = np.zeros((B, M, 2), np.int32)
+    for slot, directions in enumerate(bank):
+        arrays.bank[:, slot] = directions
+    for row, slot, a, b, span in entries:
+        arrays.a[:, row, slot], arrays.b[:, row, slot], where[row, slot] = a, b, span
+    return Interventions(arrays, where)
+
+
+def _row_entries(spec: Steering, length: int, new_tokens: int):
+    """One row's (directions [L, D], a [L], b [L], span) for every slot it needs."""
+    entries, fixed = [], []
+    for term in spec.terms:
+        found = spans(term.tokens, length, new_tokens)
+        if term.kind == SET:
+            fixed += [(span, term) for span in found]
+            continue
+        a, b = (term.value, 0 * term.value) if term.kind == ADD else (0 * term.value, term.value)
+        entries += [(term.directions, a, b, span) for span in found]
+    # Projections that are set together must not undo one another: between any two bounds the same terms act, and
+    # their directions are made orthonormal there.
+    bounds = sorted({bound for span, _ in fixed for bound in span})
+    for start, stop in zip(bounds, bounds[1:], strict=False):
+        acting = [term for span, term in fixed if span.start <= start and stop <= span.stop]
+        entries += [(*slot, Span(start, stop)) for slot in _orthonormal(acting)]
+    return entries
+
+
+def _orthonormal(terms: Sequence[Term]):
+    """(directions [L, D], a [L], b [L]) such that all of `terms`' projections are set at once."""
+    if len(terms) < 2:
+        return [(t.directions, t.value, t.active.astype(np.float32)) for t in terms]
+    L, D = terms[0].directions.shape
+    directions = np.zeros((len(terms), L, D), np.float32)
+    a, b = np.zeros((2, len(terms), L), np.float32)
+    for layer in range(L):
+        acting = [t for t in terms if t.active[layer]]
+        if not acting:
+            continue
+        rows = np.stack([t.directions[layer] for t in acting]).astype(np.float64)
+        target = np.array([t.value[layer] for t in acting], np.float64)
+        u, size, basis = np.linalg.svd(rows, full_matrices=False)
+        rank = int((size > 1e-5 * size[0]).sum())
+        goal = (u[:, :rank].T @ target) / size[:rank]
+        reached = rows @ basis[:rank].T @ goal
+        if not np.allclose(reached, target, rtol=1e-4, atol=1e-6):
+            raise ValueError(f"at layer {layer} the same direction is set to different values: {target.tolist()}")
+        directions[:rank, layer], a[:rank, layer], b[:rank, layer] = basis[:rank], goal, 1
+    return [(directions[j], a[j], b[j]) for j in range(len(terms)) if b[j].any()]
