@@ -70,7 +70,9 @@ def match(where: str, config: ModelConfig, table: Sequence[Row], shapes: Mapping
     for name in shapes:
         hits = [(m, row) for pattern, row in patterns if (m := pattern.fullmatch(name))]
         if len(hits) != 1:
-            faults.append(f"tensor {name} is not known" if not hits else f"tensor {name} matches {len(hits)} table rows")
+            faults.append(
+                f"tensor {name} is not known" if not hits else f"tensor {name} matches {len(hits)} table rows"
+            )
             continue
         m, row = hits[0]
         key = (row.target[0], int(m[1]), row.target[1]) if m.groups() else row.target

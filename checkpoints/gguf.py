@@ -49,7 +49,9 @@ def load(path: str | os.PathLike, dtype, stacked: bool) -> tuple[ModelConfig, pa
     reader, meta = open_gguf(path)
     architecture = meta.get("general.architecture")
     if architecture not in families.GGUF:
-        raise CheckpointError(f"{where}: architecture {architecture!r} is not supported; known: {', '.join(families.GGUF)}")
+        raise CheckpointError(
+            f"{where}: architecture {architecture!r} is not supported; known: {', '.join(families.GGUF)}"
+        )
     family = families.GGUF[architecture]
     tensors = {tensor.name: tensor for tensor in reader.tensors}
     if len(tensors) < len(reader.tensors):
@@ -62,7 +64,9 @@ def load(path: str | os.PathLike, dtype, stacked: bool) -> tuple[ModelConfig, pa
         try:
             array = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
         except NotImplementedError as error:
-            raise CheckpointError(f"{where}: {name} has type {tensor.tensor_type.name}, which gguf cannot read") from error
+            raise CheckpointError(
+                f"{where}: {name} has type {tensor.tensor_type.name}, which gguf cannot read"
+            ) from error
         if array.size != np.prod(shapes[name]):
             raise CheckpointError(f"{where}: {name} holds {array.size} values, its shape is {list(shapes[name])}")
         return array.reshape(shapes[name]).astype(np.float32, copy=False)
@@ -99,9 +103,13 @@ def build_tokenizer(where: str, meta: Mapping[str, Any]) -> Tokenizer:
         return meta[f"tokenizer.ggml.{key}"]
 
     if need("model") != "gpt2":
-        raise CheckpointError(f"{where}: tokenizer model {need('model')!r} is not supported; known: gpt2 (byte-level BPE)")
+        raise CheckpointError(
+            f"{where}: tokenizer model {need('model')!r} is not supported; known: gpt2 (byte-level BPE)"
+        )
     if need("pre") not in PRE_TYPES:
-        raise CheckpointError(f"{where}: tokenizer pre-type {need('pre')!r} is not known; known: {', '.join(PRE_TYPES)}")
+        raise CheckpointError(
+            f"{where}: tokenizer pre-type {need('pre')!r} is not known; known: {', '.join(PRE_TYPES)}"
+        )
     tokens, kinds = need("tokens"), need("token_type")
     if len(kinds) != len(tokens):
         raise CheckpointError(f"{where}: {len(tokens)} tokens but {len(kinds)} token types")

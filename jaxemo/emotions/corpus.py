@@ -1,0 +1,102 @@
+"""The corpus: stories in which a character feels an emotion that is never named, and neutral texts.
+
+The shipped corpus was written for this project (CC0): 24 emotions, each on the same 12 everyday topics so that the
+topic cancels, and 60 neutral exchanges on those topics. Any corpus in the same form will do.
+"""
+
+import csv
+import dataclasses
+import functools
+import hashlib
+import importlib.resources
+import json
+import os
+import re
+from typing import NamedTuple
+
+DISPLAY = ("happy", "inspired", "loving", "proud", "calm", "desperate", "angry", "guilty", "sad", "afraid", "nervous",
+           "surprised")  # fmt: skip  # the twelve that the paper's tests and figures use
+
+
+class Story(NamedTuple):
+    emotion: str
+    topic: str
+    text: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Corpus:
+    """`stories` labelled by emotion and topic, and `neutral` texts. `name` goes into every result made from it."""
+
+    name: str
+    stories: tuple[Story, ...]
+    neutral: tuple[str, ...]
+
+    @property
+    def emotions(self) -> tuple[str, ...]:
+        """The emotions, in order of first appearance."""
+        return tuple(dict.fromkeys(story.emotion for story in self.stories))
+
+    @property
+    def sha256(self) -> str:
+        return hashlib.sha256(json.dumps([self.stories, self.neutral]).encode()).hexdigest()
+
+
+def data(name: str) -> str:
+    """The text of a data file shipped with this package."""
+    return (importlib.resources.files("jaxemo.emotions") / "data" / name).read_text(encoding="utf-8")
+
+
+def table(name: str) -> list[dict[str, str]]:
+    return list(csv.DictReader(data(name).splitlines()))
+
+
+@functools.cache
+def shipped() -> Corpus:
+    """The corpus that comes with jaxemo."""
+    neutral = [json.loads(line) for line in data("neutral.jsonl").splitlines()]
+    stories = _stories("data/stories.jsonl", data("stories.jsonl"))
+    return Corpus("jaxemo starter corpus", stories, tuple(f"{r['user']}\n\n{r['assistant']}" for r in neutral))
+
+
+def load(path: str | os.PathLike) -> Corpus:
+    """Stories of your own: one JSON object a line with "emotion", "text" and, if you like, "topic".
+
+    Neutral texts are the lines whose emotion is "neutral". Raises ValueError naming the line at fault.
+    """
+    with open(path, encoding="utf-8") as file:
+        stories = _stories(os.fspath(path), file.read())
+    neutral = tuple(story.text for story in stories if story.emotion == "neutral")
+    return Corpus(os.path.basename(path), tuple(s for s in stories if s.emotion != "neutral"), neutral)
+
+
+def _stories(where: str, text: str) -> tuple[Story, ...]:
+    stories = []
+    for number, line in enumerate(text.splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+            story = Story(record["emotion"], record.get("topic", ""), record["text"])
+            assert all(isinstance(field, str) for field in story) and story.emotion and story.text
+        except (ValueError, KeyError, AttributeError, TypeError, AssertionError) as error:
+            raise ValueError(f'{where}, line {number}: expected {{"emotion": ..., "text": ...}}') from error
+        stories.append(story)
+    if not stories:
+        raise ValueError(f"{where}: no stories in it")
+    return tuple(stories)
+
+
+@functools.cache
+def _families() -> dict[str, re.Pattern]:
+    return {r["emotion"]: re.compile(rf"\b(?:{r['pattern']})\b", re.IGNORECASE) for r in table("word_families.csv")}
+
+
+def leak(emotion: str, text: str) -> str | None:
+    """The first word of `text` that names `emotion` through a relative of its word, or None.
+
+    Knows the 171 words of the study; for another word only the word itself counts.
+    """
+    pattern = _families().get(emotion) or re.compile(rf"\b{re.escape(emotion)}\b", re.IGNORECASE)
+    found = pattern.search(text)
+    return found.group() if found else None

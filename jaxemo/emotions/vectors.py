@@ -1,0 +1,172 @@
+"""EmotionVectors: one unit direction an emotion and layer, with what turns it into steering and readings."""
+
+import dataclasses
+import difflib
+import json
+import os
+import tempfile
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import safetensors
+import safetensors.numpy
+
+from jaxemo import steering
+from jaxemo.steering import Steering
+from jaxemo.tokens import Selection
+
+FORMAT = "jaxemo emotion vectors, version 1"
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class EmotionVectors:
+    """Directions `[L, E, D]` of unit length for `names [E]`, after each block of one model.
+
+    `residual_norm [L]` is the mean length of the residual stream there, the unit of strength. `neutral_mean` and
+    `neutral_std` `[L, E]` are the scores of neutral tokens, against which a score is standardised (0 and 1 where they
+    were not measured). `provenance` says what it was all made from.
+    """
+
+    names: tuple[str, ...]
+    directions: np.ndarray
+    residual_norm: np.ndarray
+    neutral_mean: np.ndarray
+    neutral_std: np.ndarray
+    provenance: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self):
+        L, E, _ = shape = self.directions.shape
+        if E != len(self.names) or len(set(self.names)) != E:
+            raise ValueError(f"{len(self.names)} names (each once) for {E} directions")
+        if self.residual_norm.shape != (L,) or {self.neutral_mean.shape, self.neutral_std.shape} != {(L, E)}:
+            raise ValueError(f"residual_norm must be [{L}], neutral_mean and neutral_std [{L}, {E}]")
+        if not (
+            np.isfinite(self.directions).all() and (np.isfinite(self.residual_norm) & (self.residual_norm > 0)).all()
+        ):
+            raise ValueError("directions must be finite and residual norms positive")
+        length = np.linalg.norm(self.directions, axis=-1)
+        if np.abs(length - 1).max() > 1e-3:
+            raise ValueError(
+                f"directions {list(shape)} must have unit length; they run from {length.min()} to {length.max()}"
+            )
+
+    @property
+    def layer(self) -> int:
+        """The layer that is read and steered by default: four fifths of the way up (chosen on SmolLM2-135M)."""
+        return min(len(self.directions) - 1, round(0.8 * len(self.directions)))
+
+    def index(self, name: str) -> int:
+        if name not in self.names:
+            near = difflib.get_close_matches(name, self.names, 3)
+            hint = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(self.names)}"
+            raise ValueError(f"no direction named {name!r}; {hint}")
+        return self.names.index(name)
+
+    def _of(self, name: str) -> np.ndarray:
+        return self.directions[:, self.index(name)]
+
+    def steer(
+        self, name: str, strength: float, layers=None, tokens: Selection = "all", keep_norm: bool = False
+    ) -> Steering:
+        """Add the direction. `strength` is a fraction of the mean residual norm at each of `layers` (default: `layer`).
+
+        One mid-late layer takes 0.1 to 0.5; a band of layers proportionally less.
+        """
+        return steering.add(self._of(name), strength * self.residual_norm, self._layers(layers), tokens, keep_norm)
+
+    def ablate(self, name: str, layers="all", tokens: Selection = "all", keep_norm: bool = False) -> Steering:
+        """Project the direction out (by default at every layer). Summed ablations remove their common span."""
+        return steering.ablate(self._of(name), layers, tokens, keep_norm)
+
+    def clamp(
+        self, name: str, value: float, layers=None, tokens: Selection = "all", keep_norm: bool = False
+    ) -> Steering:
+        """Set the projection onto the direction to `value` times the mean residual norm."""
+        return steering.clamp(self._of(name), value * self.residual_norm, self._layers(layers), tokens, keep_norm)
+
+    def dampen(
+        self, name: str, beta: float, layers="all", tokens: Selection = "all", keep_norm: bool = False
+    ) -> Steering:
+        """Shrink the projection onto the direction by the fraction `beta`."""
+        return steering.dampen(self._of(name), beta, layers, tokens, keep_norm)
+
+    def _layers(self, layers):
+        return [self.layer] if layers is None else layers
+
+    def random(self, count: int, seed: int = 0) -> "EmotionVectors":
+        """`count` random unit directions with the same residual norms: the control that every steering result needs."""
+        L, _, D = self.directions.shape
+        drawn = np.random.default_rng(seed).standard_normal((L, count, D))
+        drawn /= np.linalg.norm(drawn, axis=-1, keepdims=True)
+        names = {f"random-{i}": drawn[:, i] for i in range(count)}
+        return EmotionVectors.from_directions(names, self.residual_norm, {"random_seed": seed})
+
+    def select(self, names: Sequence[str]) -> "EmotionVectors":
+        """Only these directions, in this order."""
+        at = [self.index(name) for name in names]
+        return dataclasses.replace(
+            self,
+            names=tuple(names),
+            directions=self.directions[:, at],
+            neutral_mean=self.neutral_mean[:, at],
+            neutral_std=self.neutral_std[:, at],
+        )
+
+    def standardise(self, scores: np.ndarray, layer: int) -> np.ndarray:
+        """Scores `[..., E]` read at `layer`, as standard deviations from the mean of neutral tokens."""
+        return (scores - self.neutral_mean[layer]) / self.neutral_std[layer]
+
+    @classmethod
+    def from_directions(
+        cls,
+        directions: Mapping[str, np.ndarray],
+        residual_norm: np.ndarray,
+        provenance: Mapping[str, Any] | None = None,
+    ) -> "EmotionVectors":
+        """Anyone's vectors: `{name: [L, D]}` of any non-zero length, and the model's mean residual norms `[L]`."""
+        if not directions:
+            raise ValueError("no directions given")
+        shapes = {name: np.shape(array) for name, array in directions.items()}
+        if len(set(shapes.values())) > 1 or len(next(iter(shapes.values()))) != 2:
+            raise ValueError(f"directions must all be [L, D], one row a layer; got {shapes}")
+        stacked = np.stack([np.asarray(array, np.float64) for array in directions.values()], axis=1)
+        length = np.linalg.norm(stacked, axis=-1, keepdims=True)
+        if not (np.isfinite(length) & (length > 0)).all():
+            layer, e, _ = np.argwhere(~(np.isfinite(length) & (length > 0)))[0]
+            raise ValueError(f"the direction of {list(directions)[e]!r} at layer {layer} is zero or not finite")
+        unit = (stacked / length).astype(np.float32)
+        shape = unit.shape[:2]
+        return cls(tuple(directions), unit, np.asarray(residual_norm, np.float32), np.zeros(shape, np.float32),
+                   np.ones(shape, np.float32), dict(provenance or {}))  # fmt: skip
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Write one `.safetensors` file; the names and the provenance are in its metadata."""
+        arrays = {name: np.ascontiguousarray(getattr(self, name)) for name in _ARRAYS}
+        metadata = {"format": FORMAT, "names": json.dumps(self.names), "provenance": json.dumps(self.provenance)}
+        folder = os.path.dirname(os.path.abspath(path))
+        with tempfile.NamedTemporaryFile(dir=folder, suffix=".part", delete=False) as file:
+            try:
+                file.write(safetensors.numpy.save(arrays, metadata))
+                file.flush()
+                os.fsync(file.fileno())
+                os.replace(file.name, path)
+            except BaseException:
+                os.unlink(file.name)
+                raise
+
+    @classmethod
+    def load(cls, path: str | os.PathLike) -> "EmotionVectors":
+        """Read what `save` wrote. Raises ValueError for any other file."""
+        try:
+            with safetensors.safe_open(path, "numpy") as file:
+                metadata = file.metadata() or {}
+                if metadata.get("format") != FORMAT:
+                    raise ValueError(f"its format is {metadata.get('format')!r}, expected {FORMAT!r}")
+                arrays = {name: file.get_tensor(name) for name in _ARRAYS}
+            return cls(tuple(json.loads(metadata["names"])), **arrays, provenance=json.loads(metadata["provenance"]))
+        except (safetensors.SafetensorError, ValueError, KeyError) as error:
+            raise ValueError(f"{os.fspath(path)} is not a file of emotion vectors: {error}") from error
+
+
+_ARRAYS = ("directions", "residual_norm", "neutral_mean", "neutral_std")

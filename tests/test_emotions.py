@@ -1,0 +1,331 @@
+"""The corpus that is shipped, the extraction's arithmetic, the vectors' file and algebra, and the readings."""
+
+import collections
+import json
+import pathlib
+import re
+
+import numpy as np
+import pytest
+
+import jaxemo
+from jaxemo.capture import Capture
+from jaxemo.emotions import EmotionVectors, corpus, extraction, geometry, validation
+
+GOLDEN = pathlib.Path(__file__).parent / "golden"
+
+
+@pytest.fixture(scope="module")
+def lm():
+    return jaxemo.load(GOLDEN / "gqa_tied.gguf")
+
+
+@pytest.fixture(scope="module")
+def real():
+    return jaxemo.load("smollm2-135m")
+
+
+def small_corpus():
+    words = "the cat sat on a mat and saw one two three old dogs run by".split()
+    rng = np.random.default_rng(0)
+
+    def text(n):
+        return " ".join(rng.choice(words, n))
+
+    stories = [corpus.Story(e, t, text(n)) for e in ("glad", "low", "odd") for t, n in (("x", 8), ("y", 16), ("z", 11))]
+    return corpus.Corpus("small", tuple(stories), tuple(text(n) for n in (9, 12, 15, 17, 10)))
+
+
+# ---- corpus ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_shipped_corpus_covers_every_topic_for_every_emotion():
+    shipped = corpus.shipped()
+    topics = {row["topic"] for row in corpus.table("topics.csv")}
+    assert len(topics) == 12 and len(shipped.emotions) >= 24 and set(corpus.DISPLAY) <= set(shipped.emotions)
+    assert set(shipped.emotions) <= {row["emotion"] for row in corpus.table("emotions.csv")}
+    count = collections.Counter((story.emotion, story.topic) for story in shipped.stories)
+    assert set(count) == {(emotion, topic) for emotion in shipped.emotions for topic in topics}
+    assert len(set(count.values())) == 1, "every topic equally often for every emotion, so that topics cancel"
+    assert len(shipped.neutral) >= 48
+
+
+def test_no_story_names_its_emotion_and_all_are_long_enough(real):
+    for story in corpus.shipped().stories:
+        assert corpus.leak(story.emotion, story.text) is None, story
+        assert len(story.text.split()) >= 90 and len(real.tokenizer.encode(story.text)) >= 115, story
+        assert "\n" not in story.text
+
+
+def test_no_two_texts_share_a_run_of_seven_words_or_an_opening():
+    texts = [story.text for story in corpus.shipped().stories] + list(corpus.shipped().neutral)
+    seen, openings = {}, collections.Counter()
+    for i, text in enumerate(texts):
+        words = re.findall(r"[a-z']+", text.lower())
+        openings[" ".join(words[:4])] += 1
+        for run in zip(*[words[j:] for j in range(7)], strict=False):
+            assert seen.setdefault(run, i) == i, " ".join(run)
+    assert openings.most_common(1)[0][1] == 1, openings.most_common(3)
+
+
+def test_every_word_family_is_a_pattern_that_finds_its_word_and_spares_others():
+    names = [row["emotion"] for row in corpus.table("emotions.csv")]
+    assert len(names) == 171 and [row["emotion"] for row in corpus.table("word_families.csv")] == names
+    for name in names:
+        assert corpus.leak(name, f"It was {name} here.")
+        assert corpus.leak(name, "It happened at the restaurant that made a card for the table by the door.") is None, (
+            name
+        )
+    assert corpus.leak("hope", "a hopeless case") and corpus.leak("made-up", "a made-up word") == "made-up"
+
+
+@pytest.mark.parametrize(
+    "line", ["not json", '{"emotion": "glad"}', '{"emotion": 1, "text": "x"}', '["a"]', '{"text": ""}']
+)
+def test_a_faulty_corpus_line_is_named(tmp_path, line):
+    path = tmp_path / "mine.jsonl"
+    path.write_text('{"emotion": "glad", "text": "fine"}\n' + line + "\n")
+    with pytest.raises(ValueError, match=r"mine\.jsonl, line 2"):
+        corpus.load(path)
+
+
+def test_a_corpus_of_ones_own(tmp_path):
+    path = tmp_path / "mine.jsonl"
+    lines = [("glad", "a"), ("low", "b"), ("neutral", "c")]
+    path.write_text("\n".join(json.dumps({"emotion": e, "text": t}) for e, t in lines))
+    loaded = corpus.load(path)
+    assert loaded.emotions == ("glad", "low") and loaded.neutral == ("c",) and loaded.name == "mine.jsonl"
+
+
+# ---- extraction ------------------------------------------------------------------------------------------------------
+
+
+def plain_extraction(lm, c, skip, denoise):
+    """The method in float64, one text at a time, without batching or captures inside the pass."""
+
+    def residuals(text):
+        batch = lm.tokenize(text)
+        out = lm.forward(batch, capture=Capture(raw={"resid_post": "all"}))
+        return np.asarray(out.captured.raw["resid_post"], np.float64)[:, 0, skip : int(batch.lengths[0])]
+
+    stories = [residuals(story.text) for story in c.stories]
+    neutral = np.stack([residuals(text).mean(1) for text in c.neutral])
+    means = {
+        e: np.mean([r.mean(1) for r, s in zip(stories, c.stories, strict=True) if s.emotion == e], 0)
+        for e in c.emotions
+    }
+    out = {}
+    for e in c.emotions:
+        others = np.mean([means[o] for o in c.emotions if o != e], 0)  # the baseline is the mean of the other emotions
+        v = means[e] - others
+        for layer in range(len(v)):
+            if denoise:
+                x = neutral[:, layer] - neutral[:, layer].mean(0)
+                values, axes = np.linalg.eigh(x.T @ x)
+                values, axes = values[::-1], axes[:, ::-1]
+                n = int(np.searchsorted(np.cumsum(values) / values.sum(), denoise)) + 1
+                v[layer] -= axes[:, :n] @ (axes[:, :n].T @ v[layer])
+            v[layer] /= np.linalg.norm(v[layer])
+        out[e] = v
+    norm = np.mean([np.linalg.norm(r, axis=-1).mean(1) for r in stories], 0)
+    tokens = np.concatenate([residuals(text) for text in c.neutral], axis=1)
+    return out, norm, tokens
+
+
+@pytest.mark.parametrize("denoise", [0.0, 0.5])
+def test_extraction_is_the_method(lm, denoise):
+    c, skip = small_corpus(), 5
+    got = extraction.extract(lm, c, denoise=denoise, skip=skip, max_tokens=100, progress=False)
+    want, norm, tokens = plain_extraction(lm, c, skip, denoise)
+    assert got.names == c.emotions
+    errors = [np.abs(got.directions[:, e] - want[name]).max() for e, name in enumerate(c.emotions)]
+    # Differences of means amplify the float32 rounding of the residuals by the ratio of their lengths, about 10 here: eps * sqrt(D) * 10.
+    print(f"\ndirections differ by {max(errors):.1e} (bound 5e-6)")
+    assert max(errors) < 5e-6
+    assert np.allclose(got.residual_norm, norm, rtol=1e-5)
+    scores = np.einsum("ltd,led->lte", tokens, got.directions)
+    assert np.allclose(got.neutral_mean, scores.mean(1), atol=1e-4) and np.allclose(
+        got.neutral_std, scores.std(1), rtol=1e-3
+    )
+    assert got.provenance["corpus_sha256"] == c.sha256 and got.provenance["denoise"] == denoise
+    assert str(GOLDEN / "gqa_tied.gguf") == got.provenance["model"]
+
+
+def test_extraction_does_not_depend_on_batching(lm):
+    c = small_corpus()
+    a = extraction.extract(lm, c, skip=5, max_tokens=32, progress=False)
+    b = extraction.extract(lm, c, skip=5, max_tokens=4096, progress=False)
+    assert np.abs(a.directions - b.directions).max() < 5e-6
+
+
+def test_extraction_names_what_is_missing(lm):
+    c = small_corpus()
+    with pytest.raises(ValueError, match="at least two emotions"):
+        extraction.extract(lm, corpus.Corpus("one", c.stories[:3], c.neutral), skip=5, progress=False)
+    with pytest.raises(ValueError, match="no neutral texts"):
+        extraction.extract(lm, corpus.Corpus("no neutral", c.stories, ()), skip=5, progress=False)
+    with pytest.raises(ValueError, match=r"a text has \d+ tokens, more than 50"):
+        extraction.extract(lm, c, progress=False)
+
+
+# ---- vectors ---------------------------------------------------------------------------------------------------------
+
+
+def some_vectors(L=2, D=32, names=("glad", "low", "odd"), seed=0):
+    rng = np.random.default_rng(seed)
+    return EmotionVectors.from_directions(
+        {n: rng.standard_normal((L, D)) for n in names}, rng.uniform(5, 9, L), {"from": "test"}
+    )
+
+
+def test_the_file_round_trips_exactly(tmp_path, monkeypatch):
+    vectors = some_vectors()
+    path = tmp_path / "v.safetensors"
+    vectors.save(path)
+    loaded = EmotionVectors.load(path)
+    assert loaded.names == vectors.names and loaded.provenance == vectors.provenance
+    for field in ("directions", "residual_norm", "neutral_mean", "neutral_std"):
+        assert np.array_equal(getattr(loaded, field), getattr(vectors, field))
+    monkeypatch.setattr("os.replace", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+    before = path.read_bytes()
+    with pytest.raises(OSError, match="disk full"):
+        some_vectors(seed=1).save(path)
+    assert path.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["v.safetensors"]
+
+
+def test_another_file_is_refused_by_name(tmp_path):
+    path = tmp_path / "other.safetensors"
+    path.write_bytes(b"nothing of the kind")
+    with pytest.raises(ValueError, match=r"other\.safetensors"):
+        EmotionVectors.load(path)
+    import safetensors.numpy
+
+    safetensors.numpy.save_file({"a": np.zeros(2, np.float32)}, path)
+    with pytest.raises(ValueError, match="not a file of emotion vectors"):
+        EmotionVectors.load(path)
+
+
+def test_unknown_names_and_bad_directions_are_named():
+    with pytest.raises(ValueError, match=r"'lov'.*did you mean low"):
+        some_vectors().steer("lov", 0.1)
+    with pytest.raises(ValueError, match=r"'odd' at layer 1 is zero"):
+        EmotionVectors.from_directions({"low": np.ones((2, 4)), "odd": np.eye(2, 4) * [[1], [0]]}, np.ones(2))
+    with pytest.raises(ValueError, match=r"must all be \[L, D\]"):
+        EmotionVectors.from_directions({"low": np.ones((2, 4)), "odd": np.ones((2, 5))}, np.ones(2))
+    with pytest.raises(ValueError, match="unit length"):
+        EmotionVectors(("a",), np.full((1, 1, 4), 2, np.float32), np.ones(1), np.zeros((1, 1)), np.ones((1, 1)))
+
+
+def test_strength_is_a_fraction_of_the_residual_norm(lm):
+    """The dose of a steered token is strength x mean norm / its own norm (rule 4)."""
+    L, D = lm.config.n_layers, lm.config.d_model
+    c = small_corpus()
+    vectors = extraction.extract(lm, c, skip=5, progress=False)
+    batch = lm.tokenize(c.stories[0].text)
+    capture = Capture(dose=True, norm={"resid_post": "all"})
+    plain = lm.forward(batch, capture=Capture(norm={"resid_post": "all"})).captured.norm["resid_post"]
+    for layer in range(L):
+        dose = np.asarray(lm.forward(batch, vectors.steer("low", 0.25, [layer]), capture).captured.dose)
+        expected = 0.25 * vectors.residual_norm[layer] / np.asarray(plain)[layer]
+        assert np.allclose(dose[layer], expected, rtol=1e-4) and not np.delete(dose, layer, 0).any()
+    assert D == vectors.directions.shape[2]
+
+
+def test_residual_norm_leaves_out_attention_sinks(lm, monkeypatch):
+    """One token a hundred times as long as the rest does not move the unit of strength."""
+    real_forward = type(lm).forward
+
+    def with_sink(self, batch, *args, **kwargs):
+        out = real_forward(self, batch, *args, **kwargs)
+        norm = np.array(out.captured.norm["resid_post"])
+        norm[:, :, 6] *= 100
+        return out.replace(captured=out.captured.replace(norm={"resid_post": norm}))
+
+    texts = [story.text for story in small_corpus().stories]
+    plain = extraction.pooled(lm, texts, 5, 4096, False)[1]
+    monkeypatch.setattr(type(lm), "forward", with_sink)
+    with_one = extraction.pooled(lm, texts, 5, 4096, False)[1]
+    print(
+        f"\nresidual norm moves by {np.abs(with_one / plain - 1).max():.1%} with a sink in every row (kept in: over 300 %)"
+    )
+    assert np.abs(with_one / plain - 1).max() < 0.2
+
+
+def test_random_controls_are_unit_reproducible_and_of_the_same_dose():
+    vectors = some_vectors()
+    a, b = vectors.random(5, seed=3), vectors.random(5, seed=3)
+    assert np.array_equal(a.directions, b.directions) and not np.array_equal(
+        a.directions, vectors.random(5, 4).directions
+    )
+    assert np.allclose(np.linalg.norm(a.directions, axis=-1), 1, atol=1e-6)
+    term, control = vectors.steer("low", 0.2).terms[0], a.steer("random-0", 0.2).terms[0]
+    assert np.array_equal(term.value, control.value)
+
+
+# ---- reading, geometry, validation -----------------------------------------------------------------------------------
+
+
+def test_reading_is_the_projection_of_each_token(lm):
+    vectors = some_vectors(lm.config.n_layers, lm.config.d_model)
+    texts = ["one two three", "a cat sat on the mat and saw"]
+    reading = lm.read(texts, vectors, layer=1)
+    every = lm.read(texts, vectors)
+    for i, text in enumerate(texts):
+        out = lm.forward(text, capture=Capture(raw={"resid_post": [1]}))
+        n = int(reading.lengths[i])
+        want = np.asarray(out.captured.raw["resid_post"])[0, 0, :n] @ vectors.directions[1].T
+        assert np.allclose(reading.scores[i, :n], want, atol=1e-4) and not reading.scores[i, n:].any()
+        assert np.allclose(reading.pooled[i], want.mean(0), atol=1e-4)
+        assert "".join(reading.tokens[i]) == text
+    assert np.array_equal(every.scores[1], reading.scores) and np.array_equal(every.pooled[1], reading.pooled)
+    z = vectors.standardise(reading.scores, 1)
+    assert np.allclose(z, (reading.scores - vectors.neutral_mean[1]) / vectors.neutral_std[1])
+
+
+def test_word_logprobs_sums_over_a_words_tokens(lm):
+    words, prefixes = ["one", "cat dog", "mat"], ["a", "the cat"]
+    vectors = some_vectors(lm.config.n_layers, lm.config.d_model)
+    steerings = [None, vectors.steer("low", 0.5)]
+    got = validation.word_logprobs(lm, prefixes, words, steerings, rows=4)
+    for c, steering in enumerate(steerings):
+        for p, prefix in enumerate(prefixes):
+            for w, word in enumerate(words):
+                start = len(lm.tokenizer.encode(prefix))
+                ids = lm.tokenizer.encode(prefix) + lm.tokenizer.encode(" " + word)
+                logp = np.asarray(lm.logprobs(np.array([ids]), steering))[0, start:].sum()
+                assert abs(got[c, p, w] - logp) < 1e-3
+
+
+def test_cluster_order_and_components():
+    rng = np.random.default_rng(0)
+    centres = np.repeat(rng.standard_normal((3, 16)) * 3, 4, axis=0)
+    x = centres + rng.standard_normal((12, 16)) * 0.1
+    shuffled = rng.permutation(12)
+    names = [row["emotion"] for row in corpus.table("glasgow_norms.csv")][:12]
+    vectors = EmotionVectors.from_directions({n: x[i][None] for n, i in zip(names, shuffled, strict=True)}, np.ones(1))
+    order = geometry.cluster_order(geometry.cosines(vectors, 0))
+    groups = [int(shuffled[i]) // 4 for i in order]
+    assert sum(a != b for a, b in zip(groups, groups[1:], strict=False)) == 2, groups
+    parts = geometry.components(vectors, 0)
+    values = np.linalg.eigvalsh(np.cov(vectors.directions[0].T.astype(np.float64)))[::-1]
+    assert np.allclose(parts.share, values[:2] / values.sum()) and parts.coordinates.shape == (12, 2)
+    r, n = geometry.correlation(names, parts.coordinates[:, 0], "valence")
+    assert n == 12 and r >= 0
+    assert geometry.correlation(["surprised"], np.ones(1), "valence") == (0.0, 0)
+
+
+def test_directions_read_stories_of_a_topic_they_have_not_seen(real):
+    """On the real model: extracted without one topic, the right emotion of its stories is far above chance (1 in E)."""
+    shipped = corpus.shipped()
+    some = ("desperate", "calm", "happy", "disgusted", "lonely", "excited")
+    held = "journey"
+    train = tuple(
+        s for s in shipped.stories if s.emotion in some and s.topic in ("call", "meal", "letter", "shift", "walk")
+    )
+    vectors = extraction.extract(real, corpus.Corpus("part", train, ()), denoise=0, progress=False)
+    test = [s for s in shipped.stories if s.emotion in some and s.topic == held]
+    pooled = real.read([s.text for s in test], vectors, layer=vectors.layer).pooled
+    pooled = pooled - pooled.mean(0)
+    right = np.mean([vectors.names[int(row.argmax())] == s.emotion for row, s in zip(pooled, test, strict=True)])
+    print(f"\nright emotion for {right:.0%} of {len(test)} unseen stories (chance {1 / len(some):.0%})")
+    assert right >= 0.5
