@@ -8,6 +8,7 @@ import concurrent.futures
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -43,30 +44,32 @@ def convert(
         return np.array(array, dtype=dtype, order="C")  # always a copy: never an alias of a mapped file
 
     with concurrent.futures.ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
-        out = {name: jax.device_put(make((name,))) for name in described if name != "layers"}
-        layers = range(config.n_layers)
+        single = {name: pool.submit(lambda n: jax.device_put(make((n,))), name) for name in described if name != "layers"}
+        layers: Any
         if stacked:
-            out["layers"] = {}
+            layers = {}
             for weight, leaf in described["layers"][0].items():
                 whole = np.empty((config.n_layers, *leaf.shape), dtype)
-                for i, array in enumerate(pool.map(lambda i, w=weight: make(("layers", i, w)), layers)):
+                for i, array in enumerate(pool.map(lambda i, w=weight: make(("layers", i, w)), range(config.n_layers))):
                     whole[i] = array
-                out["layers"][weight] = jax.device_put(whole)
+                layers[weight] = jax.device_put(whole)
         else:
 
             def one_layer(i):
                 return {w: jax.device_put(make(("layers", i, w))) for w in described["layers"][i]}
 
-            out["layers"] = tuple(pool.map(one_layer, layers))
+            layers = tuple(pool.map(one_layer, range(config.n_layers)))
+        out = {"layers": layers, **{name: array.result() for name, array in single.items()}}
     return jax.block_until_ready(out)
 
 
 def match(where: str, config: ModelConfig, table: Sequence[Row], shapes: Mapping[str, tuple[int, ...]]):
     """{weight key: (tensor name, row)}: every tensor used once and every weight filled once, else CheckpointError."""
-    wanted = {(name,) for name in params_lib.describe(config) if name != "layers"}
+    wanted: set[tuple] = {(name,) for name in params_lib.describe(config) if name != "layers"}
     wanted |= {("layers", i, w) for i, layer in enumerate(params_lib.describe(config)["layers"]) for w in layer}
     patterns = [(re.compile(re.escape(row.source).replace(r"\{i\}", r"(\d+)")), row) for row in table]
-    found, faults = {}, []
+    found: dict[tuple, tuple[str, Row]] = {}
+    faults = []
     for name in shapes:
         hits = [(m, row) for pattern, row in patterns if (m := pattern.fullmatch(name))]
         if len(hits) != 1:

@@ -100,7 +100,10 @@ def resolve(config: ModelConfig, capture: Capture, batch: TokenBatch, new_tokens
         shape = "none" if directions is None else list(np.shape(directions))
         raise ValueError(f"Capture(scores=...) needs directions [L={L}, E, D={D}], got {shape}")
     found = [spans(capture.tokens, int(n), new_tokens) for n in np.asarray(batch.lengths)] if capture.mean else [[]]
-    where = np.zeros((len(batch.lengths), max(map(len, found)), 2), np.int32)
+    P = 4  # a power of two, so that most selections keep the shape
+    while P < max(map(len, found)):
+        P *= 2
+    where = np.zeros((len(batch.lengths), P, 2), np.int32)
     for row, ranges in enumerate(found):
         where[row, : len(ranges)] = np.array(ranges, np.int32).reshape(-1, 2)
     layers = LayerProbes(slots, directions if capture.scores else None, np.arange(L, dtype=np.int32))

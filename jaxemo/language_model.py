@@ -228,7 +228,8 @@ class LanguageModel:
                 pieces = []
                 for i, text in enumerate(texts):
                     # Hold back a character whose bytes are not all there yet, and what may be the start of a stop.
-                    safe = len(text) if finished or done[i] else len(text.rstrip("�")) - _overlap(text, stop_texts)
+                    whole = text.rstrip("�")
+                    safe = len(text) if finished or done[i] else len(whole) - _overlap(whole, stop_texts)
                     upto = safe if ends[i] is None else min(safe, ends[i])
                     pieces.append(text[shown[i] : upto])
                     shown[i] = max(shown[i], upto)
@@ -239,9 +240,10 @@ class LanguageModel:
             if stop_texts:
                 state = state.replace(done=jnp.asarray(stopped))
 
-        tokens, lengths = np.array(state.tokens[:, :max_new_tokens]), np.array(state.lengths)
-        logprobs = np.array(state.logprobs[:, :max_new_tokens])
-        scores = None if state.scores is None else np.array(state.scores[:, :max_new_tokens])
+        # Cut on the host: a slice of a device array compiles.
+        tokens, lengths = np.array(state.tokens)[:, :max_new_tokens], np.array(state.lengths)
+        logprobs = np.array(state.logprobs)[:, :max_new_tokens]
+        scores = None if state.scores is None else np.array(state.scores)[:, :max_new_tokens]
         texts = None
         if self._tokenizer is not None:
             texts = self._texts(tokens, lengths)
@@ -251,7 +253,7 @@ class LanguageModel:
                     continue
                 texts[i] = text[:end]
                 kept = 0  # the fewest tokens that hold the text before the stop
-                while len(self.tokenizer.decode(tokens[i, :kept])) < end:
+                while not self.tokenizer.decode(tokens[i, :kept]).startswith(texts[i]):
                     kept += 1
                 lengths[i], tokens[i, kept:], logprobs[i, kept:] = kept, 0, 0
                 if scores is not None:

@@ -112,9 +112,9 @@ def steer(
     active = np.zeros(n_layers, bool)
     active[list(resolve_layers(layers, n_layers))] = True
     lengths = np.linalg.norm(directions.astype(np.float64), axis=1, keepdims=True)
-    if not np.isfinite(lengths).all() or not (lengths[active] > 0).all():
-        bad = [i for i in np.flatnonzero(active) if not (np.isfinite(lengths[i]) and lengths[i] > 0)]
-        raise ValueError(f"the direction at layers {bad} is zero or not finite")
+    bad = ~np.isfinite(lengths[:, 0]) | (active & (lengths[:, 0] == 0))
+    if bad.any():
+        raise ValueError(f"the direction at layers {np.flatnonzero(bad).tolist()} is zero or not finite")
     values = np.broadcast_to(np.asarray(value, np.float32), (n_layers,))
     if not np.isfinite(values[active]).all():
         raise ValueError(f"{kind} has a value that is not finite")
@@ -172,9 +172,9 @@ def apply(steering: Interventions, layer: LayerInterventions, x: jax.Array, posi
     s = jnp.einsum("btd,md->btm", x32, layer.bank, precision="highest")
     c = jnp.where(here, layer.a[:, None] - layer.b[:, None] * s, 0.0)
     y = x32 + jnp.einsum("btm,md->btd", c, layer.bank, precision="highest")
-    ratio = _norm(x32) / jnp.maximum(_norm(y), jnp.finfo(jnp.float32).tiny)
-    rescale = layer.keep_norm[:, None] & (c != 0).any(-1)
-    return (y * jnp.where(rescale, ratio, 1.0)[..., None]).astype(x.dtype)
+    norm = _norm(y)
+    rescale = layer.keep_norm[:, None] & (c != 0).any(-1) & (norm > 0)
+    return (y * jnp.where(rescale, _norm(x32) / jnp.where(rescale, norm, 1.0), 1.0)[..., None]).astype(x.dtype)
 
 
 def _norm(x):

@@ -51,20 +51,37 @@ def pad(rows: Sequence[Sequence[int]], length: int | None = None) -> TokenBatch:
 
 def as_batch(ids, vocab_size: int) -> TokenBatch:
     """A TokenBatch as it is, or an integer array `[B, T]` whose rows are all full; token ids are checked."""
-    if isinstance(ids, TokenBatch):
-        batch = TokenBatch(np.asarray(ids.ids, np.int32), np.asarray(ids.lengths, np.int32))
-    else:
-        array = np.asarray(ids)
-        if array.ndim != 2 or not np.issubdtype(array.dtype, np.integer) or 0 in array.shape:
-            raise ValueError(f"token ids must be a non-empty integer array [B, T], not {array.dtype}{list(array.shape)}")
-        batch = TokenBatch(array.astype(np.int32), np.full(len(array), array.shape[1], np.int32))
-    B, T = batch.ids.shape
-    if batch.lengths.shape != (B,) or batch.lengths.min() < 1 or batch.lengths.max() > T:
-        raise ValueError(f"lengths must be {B} numbers from 1 to {T}, not {batch.lengths}")
-    if batch.ids.min() < 0 or batch.ids.max() >= vocab_size:
-        bad = batch.ids[(batch.ids < 0) | (batch.ids >= vocab_size)][0]
+    given = isinstance(ids, TokenBatch)
+    array = np.asarray(ids.ids if given else ids)
+    if array.ndim != 2 or not np.issubdtype(array.dtype, np.integer) or 0 in array.shape:
+        raise ValueError(f"token ids must be a non-empty integer array [B, T], not {array.dtype}{list(array.shape)}")
+    B, T = array.shape
+    lengths = np.asarray(ids.lengths, np.int32) if given else np.full(B, T, np.int32)
+    if lengths.shape != (B,) or lengths.min() < 1 or lengths.max() > T:
+        raise ValueError(f"lengths must be {B} numbers from 1 to {T}, not {lengths}")
+    if array.min() < 0 or array.max() >= vocab_size:
+        bad = array[(array < 0) | (array >= vocab_size)][0]
         raise ValueError(f"token id {bad} is outside the vocabulary of {vocab_size}")
-    return batch
+    return TokenBatch(array.astype(np.int32), lengths)
+
+
+def length_batches(rows: Sequence[Sequence[int]], max_tokens: int) -> list[tuple[list[int], TokenBatch]]:
+    """Rows sorted by length into batches of one shape for each length bucket: (indices of the rows, batch).
+
+    A batch holds at most `max_tokens` tokens, padding included, but at least one row. The last batch of a bucket is
+    filled up with copies of its first row, which no index names.
+    """
+    by_bucket: dict[int, list[int]] = {}
+    for i in sorted(range(len(rows)), key=lambda i: len(rows[i])):
+        by_bucket.setdefault(bucket(len(rows[i])), []).append(i)
+    batches = []
+    for length, members in by_bucket.items():
+        size = max(1, min(max_tokens // length, len(members)))
+        for at in range(0, len(members), size):
+            indices = members[at : at + size]
+            filled = indices + [indices[0]] * (size - len(indices))
+            batches.append((indices, pad([rows[i] for i in filled], length)))
+    return batches
 
 
 class Span(NamedTuple):

@@ -9,11 +9,13 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from jaxemo.capture import Capture
 from jaxemo.emotions.vectors import EmotionVectors
 from jaxemo.language_model import LanguageModel
 from jaxemo.steering import Steering
 from jaxemo.tokens import pad
 
+USABLE = 0.5  # nats
 PREFIXES = ("He feels", "I feel")
 FACTS = (
     ("The capital of France is", "Paris"),
@@ -43,8 +45,12 @@ class TextTest:
 
     @property
     def best(self) -> int:
-        """The strength (its index) at which the own word rises for most emotions; ties go to the larger mean rise."""
-        return max(range(len(self.strengths)), key=lambda s: ((self.own[s] > 0).sum(), self.own[s].mean()))
+        """The usable strength (its index) at which the own word rises for most emotions, ties by the mean rise.
+
+        Usable is a strength that costs the questions of fact at most `USABLE` nats; the weakest, if none is.
+        """
+        usable = [s for s in range(len(self.strengths)) if self.facts[s].mean() > -USABLE] or [0]
+        return max(usable, key=lambda s: ((self.own[s] > 0).sum(), self.own[s].mean()))
 
     def summary(self) -> str:
         lines = ["strength   own word rises   own mean   other words   random mean ± sd   facts   dose"]
@@ -65,8 +71,8 @@ def word_logprobs(
     rows: int = 128,
 ) -> np.ndarray:
     """Log-probability `[C, P, W]` of each word (all its tokens) right after each prefix under each of C steerings."""
-    texts = {}  # every token sequence that is followed by a token of a word, once
-    paths = []  # for [prefix][word]: (sequence, next token) pairs
+    texts: dict[tuple[int, ...], int] = {}  # every token sequence that is followed by a token of a word, once
+    paths: list[list] = []  # for [prefix][word]: (sequence, next token) pairs
     for prefix in prefixes:
         start = tuple(lm.tokenizer.encode(prefix))
         paths.append([])
@@ -100,13 +106,16 @@ def word_logprobs(
 def text_test(
     lm: LanguageModel,
     vectors: EmotionVectors,
-    strengths: Sequence[float] = (0.1, 0.25, 0.5, 0.75, 1.0),
+    strengths: Sequence[float] = (0.05, 0.1, 0.15, 0.25, 0.35, 0.5),
     layer: int | None = None,
-    random: int = 12,
+    random: int = 20,
     seed: int = 0,
 ) -> TextTest:
-    """Run the text steering test for every emotion of `vectors` at one layer, with `random` control directions."""
-    layer = vectors.layer if layer is None else layer
+    """Run the text steering test for every emotion of `vectors` at one layer, with `random` control directions.
+
+    The layer is by default nine tenths of the way up: the test asks for the very next word (chosen on SmolLM2-135M).
+    """
+    layer = round(0.9 * len(vectors.directions)) if layer is None else layer
     controls = vectors.random(random, seed)
     E, R, S = len(vectors.names), random, len(strengths)
     steerings: list[Steering | None] = [None]
@@ -134,8 +143,6 @@ def text_test(
 
 def _dose(lm: LanguageModel, steerings: Sequence[Steering | None], layer: int) -> np.ndarray:
     """Mean ‖x' − x‖ / ‖x‖ at `layer` over the tokens of the first prefix but its first (often an attention sink)."""
-    from jaxemo.capture import Capture
-
     batch = lm.tokenize([PREFIXES[0]] * len(steerings))
-    captured = lm.forward(batch, steerings, Capture(dose=True), logits=None).captured
-    return np.asarray(captured.dose)[layer, :, 1 : int(batch.lengths[0])].mean(1)
+    out = lm.forward(batch, steerings, Capture(dose=True), logits=None)
+    return np.asarray(out.captured.dose)[layer, :, 1 : int(batch.lengths[0])].mean(1)

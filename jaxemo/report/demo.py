@@ -125,7 +125,9 @@ def collect(vectors_path: str | None = None, say=print) -> Results:
     layer = vectors.layer
     say("Reading a text the directions have not seen ...")
     reading = lm.read([TEXT], vectors, layer=layer)
-    z = vectors.select(SHOWN).standardise(reading.scores[0, :, [vectors.index(n) for n in SHOWN]].T, layer)
+    z = vectors.select(SHOWN).standardise(
+        reading.scores[0, : len(reading.tokens[0]), [vectors.index(n) for n in SHOWN]].T, layer
+    )
     lap("reading")
     say("Steering 'He feels' and 'I feel', with random directions as control ...")
     test = validation.text_test(lm, vectors.select(corpus.DISPLAY))

@@ -1,0 +1,176 @@
+"""The demo's results as one HTML file that needs nothing else: styles and plots are in it, and it loads nothing."""
+
+import importlib.resources
+import os
+import pathlib
+
+import jinja2
+import numpy as np
+from markupsafe import Markup
+
+from jaxemo.report import demo, plots
+
+CLIP, STEP = 4.0, 0.5  # the heat map's range and grain, in standard deviations
+FALLS = ("desperate", "afraid")  # in the second half of the demo's text; the others that are shown should rise
+BREAK_PERPLEXITY = 3.0  # an answer breaks above this many times the unsteered answer's perplexity
+BREAK_REPEATED = 0.3  # or above this share of repeated word triples
+
+
+def write(results: demo.Results, path: str | os.PathLike) -> None:
+    """Write the page to `path`; a file that is there is replaced by a whole page or not at all."""
+    text = render(results)
+    path = pathlib.Path(path)
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        part.write_text(text, encoding="utf-8")
+        os.replace(part, path)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
+
+
+def render(results: demo.Results) -> str:
+    """The page's HTML; the same results give the same text."""
+    r, answers = results, judged(results.answers)
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters.update(signed=signed, percent=percent)
+    template = (importlib.resources.files("jaxemo.report") / "demo.html").read_text(encoding="utf-8")
+    scatter, unlabelled = plots.scatter(r.components.coordinates, r.components.share, r.names, r.valence)
+    drawn = {
+        "traces": plots.traces(r.tokens, r.z, demo.SHOWN),
+        "matrix": plots.matrix(r.cosines, r.names, r.order),
+        "scatter": scatter,
+        **test_plots(r.test),
+    }
+    return environment.from_string(template).render(
+        r=r,
+        plots={name: Markup(text) for name, text in drawn.items()},
+        shown=demo.SHOWN,
+        clip=CLIP,
+        step=STEP,
+        levels=round(CLIP / STEP),
+        falls=FALLS,
+        maps=[heat_map(name, r.tokens, r.z[:, i]) for i, name in enumerate(demo.SHOWN)],
+        first=np.abs(r.z[0]).max(),
+        clipped=(np.abs(r.z[1:]) > CLIP).mean(),
+        pairs=extreme_pairs(r.cosines, r.names),
+        unlabelled=unlabelled,
+        unrated=[name for name, value in zip(r.names, r.valence, strict=True) if not np.isfinite(value)],
+        correlations=[(what, value, n, interval(value, n)) for what, (value, n) in r.correlations.items()],
+        test=r.test,
+        table=test_table(r.test),
+        above=above_random(r.test),
+        answers=answers,
+        broke={kind: broken_of(answers, kind) for kind in ("emotion", "random")},
+        broken=(BREAK_PERPLEXITY, BREAK_REPEATED),
+        scale=max((abs(v) for a in r.answers for v in a.scores.values()), default=0) or 1,
+    )
+
+
+def signed(x: float, digits: int = 2) -> str:
+    """A number with its sign, with a true minus."""
+    return f"{x:+.{digits}f}".replace("-", "−")
+
+
+def percent(x: float) -> str:
+    return f"{100 * x:.0f}\u202f%"
+
+
+def heat_map(name: str, tokens: list[str], z: np.ndarray) -> dict:
+    """One emotion's tokens with the class of their colour, and where its smoothed score is highest.
+
+    The first token is not coloured: its activations are an attention sink, far larger than any other's.
+    """
+    levels = np.round(np.clip(z, -CLIP, CLIP) / STEP).astype(int)
+    cells = [(tokens[0], "first", "not scored")]
+    for token, level, value in zip(tokens[1:], levels[1:], z[1:], strict=True):
+        cells.append((token, f"{'n' if level < 0 else 'p'}{abs(level)}", signed(value, 1)))
+    half = len(z) // 2
+    top = 1 + int(plots.smooth(z[1:, None]).argmax())
+    phrase = "".join(tokens[max(1, top - 4) : top + 5]).strip(' \n,."')
+    halves = z[1:half].mean(), z[half:].mean()
+    moved = (halves[1] < halves[0]) == (name in FALLS)
+    return {"name": name, "cells": cells, "halves": halves, "moved": moved, "peak": phrase}
+
+
+def extreme_pairs(cosines: np.ndarray, names, count: int = 5) -> dict[str, list[tuple[str, str, float]]]:
+    """The pairs of directions that are most alike, and those most opposed."""
+    rows, columns = np.triu_indices(len(names), 1)
+    order = np.argsort(cosines[rows, columns], kind="stable")
+
+    def pairs(at):
+        return [(names[rows[i]], names[columns[i]], float(cosines[rows[i], columns[i]])) for i in at]
+
+    return {"alike": pairs(order[::-1][:count]), "opposed": pairs(order[:count])}
+
+
+def interval(r: float, n: int) -> tuple[float, float] | None:
+    """The 95 % interval of a correlation (Fisher's transformation), or None where n is below four."""
+    if n < 4:
+        return None
+    centre, half = np.arctanh(np.clip(r, -0.999999, 0.999999)), 1.96 / np.sqrt(n - 3)
+    return float(np.tanh(centre - half)), float(np.tanh(centre + half))
+
+
+def above_random(test) -> np.ndarray:
+    """At each strength, how many emotions' words rise more under their own direction than under every random one."""
+    return (test.own > test.random.max(1)).sum(1)
+
+
+def test_table(test) -> list[dict]:
+    """The text steering test, a row a strength."""
+    return [
+        {
+            "strength": strength,
+            "best": s == test.best,
+            "dose": test.dose[s].mean(),
+            "rises": int((test.own[s] > 0).sum()),
+            "above": int(above_random(test)[s]),
+            "own": test.own[s].mean(),
+            "others": test.others[s].mean(),
+            "random": (test.random[s].mean(), test.random[s].mean(-1).std()),
+            "facts": test.facts[s].mean(),
+            "random_facts": test.random_facts[s].mean(),
+        }
+        for s, strength in enumerate(test.strengths)
+    ]
+
+
+def test_plots(test) -> dict[str, str]:
+    """The three plots of the text steering test."""
+    return {
+        "words": plots.doses(test.strengths, test.best, test.own, "each emotion's own word, and mean",
+                             test.random.mean(2), test.others, "words",
+                             "Change in log-probability of emotion words over strength"),
+        "facts": plots.doses(test.strengths, test.best, test.facts, "under each emotion's direction, and mean",
+                             test.random_facts, None, "facts",
+                             "Change in log-probability of right answers to questions of fact over strength"),
+        "bars": plots.bars(test.names, test.own[test.best], test.random[test.best]),
+    }  # fmt: skip
+
+
+def judged(answers: list[demo.Answer]) -> dict[str, list[tuple[demo.Answer, list[str]]]]:
+    """The answers by direction ("" unsteered) in order of strength, each with the reasons why it counts as broken."""
+    usual = next(a.perplexity for a in answers if not a.emotion)
+    groups: dict[str, list[tuple[demo.Answer, list[str]]]] = {}
+    for a in sorted(answers, key=lambda a: a.strength):
+        reasons = []
+        if not a.tokens:
+            reasons.append("empty")
+        elif a.perplexity > BREAK_PERPLEXITY * usual:
+            reasons.append(f"perplexity {a.perplexity / usual:.1f} × the unsteered answer's")
+        if a.repeated > BREAK_REPEATED:
+            reasons.append(f"{percent(a.repeated)} repeated")
+        groups.setdefault(a.emotion, []).append((a, reasons))
+    order = dict.fromkeys(["", *(a.emotion for a in answers)])
+    return {emotion: groups[emotion] for emotion in order}
+
+
+def broken_of(groups, kind: str) -> tuple[int, int]:
+    """How many answers of `judged` are broken, of how many: steered by an emotion, or by a random direction."""
+    random = kind == "random"
+    verdicts = [bool(reasons) for name, group in groups.items() for _, reasons in group
+                if name and name.startswith("random-") == random]  # fmt: skip
+    return sum(verdicts), len(verdicts)

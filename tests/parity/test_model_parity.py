@@ -1,0 +1,117 @@
+"""Logits and greedy continuations of the real model against transformers, both in float32."""
+
+import numpy as np
+import pytest
+import torch
+from parity_texts import MAX_TOKENS, PROMPTS, TEXTS
+
+import jaxemo
+from jaxemo import params as params_lib
+from jaxemo import tokens as tokens_lib
+
+# 30 layers of float32 matrix products, added in different orders by the two libraries: 10 to 30 times what is measured.
+LOGIT_BOUND = 2e-3
+NEW_TOKENS = 64
+
+
+@pytest.fixture(scope="module")
+def reference(lm, peer):
+    """name → (ids, logits [T, V]), each text alone in transformers."""
+    found = {}
+    for name, text in TEXTS.items():
+        ids = lm.tokenizer.encode(text)[:MAX_TOKENS]
+        with torch.inference_mode():
+            found[name] = ids, peer(torch.tensor([ids])).logits[0].numpy()
+    lengths = [len(ids) for ids, _ in found.values()]
+    assert len(lengths) >= 8 and min(lengths) == 16 and max(lengths) == MAX_TOKENS
+    return found
+
+
+def compare(label, ours, theirs) -> float:
+    """Print and check one row's logits `[T, V]`."""
+    ours = np.asarray(ours)
+    error = float(np.abs(ours - theirs).max())
+    best = np.sort(theirs, axis=-1)[:, -2:]
+    gap = float((best[:, 1] - best[:, 0]).min())  # how close the closest call between the two best tokens was
+    flips = int((ours.argmax(-1) != theirs.argmax(-1)).sum())
+    print(f"  {label:32s} {len(theirs):4d} tokens  max |Δlogit| {error:.2e} (bound {LOGIT_BOUND:g})  "
+          f"top-1 differs at {flips}, closest call {gap:.1e}")  # fmt: skip
+    assert error <= LOGIT_BOUND, label
+    assert flips == 0, label
+    return error
+
+
+def test_logits_alone(lm, reference):
+    print()
+    worst = max(
+        compare(name, lm.forward(tokens_lib.pad([ids])).logits[0, : len(ids)], logits)
+        for name, (ids, logits) in reference.items()
+    )
+    print(f"  alone, worst: {worst:.2e}")
+
+
+@pytest.mark.parametrize("stacked", [False, True], ids=["separate", "stacked"])
+def test_logits_in_a_ragged_batch(lm, reference, stacked):
+    """All texts as one right-padded batch; each row as transformers has it alone."""
+    if stacked:
+        lm = jaxemo.LanguageModel(lm.config, params_lib.stack(lm.params), lm.tokenizer)
+    batch = tokens_lib.pad([ids for ids, _ in reference.values()])
+    out = np.asarray(lm.forward(batch).logits)
+    print()
+    rows = enumerate(reference.items())
+    worst = max(compare(name, out[i, : len(ids)], logits) for i, (name, (ids, logits)) in rows)
+    print(f"  in a batch {list(batch.ids.shape)}, worst: {worst:.2e}")
+
+
+@pytest.fixture(scope="module")
+def continuations(lm, peer):
+    """Each prompt's ids and transformers' greedy continuation, up to the first stop token."""
+    found = []
+    for prompt in PROMPTS:
+        ids = tokens_lib.encode(lm.tokenizer, prompt if isinstance(prompt, str) else [prompt])[0]
+        stop = list(lm.tokenizer.stop_ids)
+        with torch.inference_mode():
+            whole = peer.generate(torch.tensor([ids]), attention_mask=torch.ones(1, len(ids), dtype=torch.long),
+                                  do_sample=False, max_new_tokens=NEW_TOKENS, eos_token_id=stop)  # fmt: skip
+        found.append((ids, until_stop(whole[0, len(ids) :].tolist(), stop)))
+    assert len(found) >= 8
+    return found
+
+
+def until_stop(ids, stop):
+    return ids[: next((i for i, token in enumerate(ids) if token in stop), len(ids))]
+
+
+def kept(generation, row):
+    return generation.tokens[row, : generation.lengths[row]].tolist()
+
+
+def test_greedy_alone(lm, continuations):
+    print()
+    for ids, expected in continuations:
+        got = lm.generate(tokens_lib.pad([ids]), max_new_tokens=NEW_TOKENS)
+        print(f"  {len(ids):3d} + {len(expected):2d} tokens: {lm.tokenizer.decode(expected)[:70]!r}")
+        assert kept(got, 0) == expected
+
+
+def test_greedy_in_a_ragged_batch(lm, continuations):
+    got = lm.generate(PROMPTS, max_new_tokens=NEW_TOKENS)
+    ended = 0
+    for row, (_, expected) in enumerate(continuations):
+        assert kept(got, row) == expected, row
+        ended += len(expected) < NEW_TOKENS
+    print(f"\n  {len(continuations)} rows alike, {ended} of them ended by a stop token")
+    assert 0 < ended < len(continuations), "the prompts should show both a stop and the limit"
+
+
+def test_greedy_uncached(lm, continuations):
+    """Without a cache: the growing texts read from their beginning for every token."""
+    chosen = [continuations[0], continuations[5]]
+    texts = [list(ids) for ids, _ in chosen]
+    room = max(len(ids) for ids in texts) + NEW_TOKENS
+    for _ in range(NEW_TOKENS):
+        best = np.asarray(lm.forward(tokens_lib.pad(texts, room), logits="last").logits).argmax(-1)
+        for text, token in zip(texts, best.tolist(), strict=True):
+            text.append(token)
+    for text, (ids, expected) in zip(texts, chosen, strict=True):
+        assert until_stop(text[len(ids) :], lm.tokenizer.stop_ids) == expected
