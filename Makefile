@@ -1,4 +1,4 @@
-# Every target does its own set-up, in .venv.
+# Every target does its own set-up: .venv, or one of its own where it needs what the others must not see.
 PYTHON ?= python3
 VENV ?= .venv
 CONSTRAINTS ?= -c constraints.txt
@@ -23,12 +23,14 @@ lint: $(VENV)/.lint
 	cd build/types && $(CURDIR)/$(BIN)/mypy --config-file $(CURDIR)/pyproject.toml -p jaxemo
 
 # Compile whole programs for TPUs, on this machine's CPU.
-tpu: $(VENV)/.tpu
-	JAX_PLATFORMS=cpu TPU_SKIP_MDS_QUERY=1 $(BIN)/python -m pytest tests/tpu
+tpu:
+	$(MAKE) VENV=.venv-tpu .venv-tpu/.tpu
+	JAX_PLATFORMS=cpu TPU_SKIP_MDS_QUERY=1 .venv-tpu/bin/python -m pytest tests/tpu
 
 # Compare with transformers on the real model.
-parity: $(VENV)/.parity
-	$(BIN)/python -m pytest tests/parity -s
+parity:
+	$(MAKE) VENV=.venv-parity .venv-parity/.parity
+	.venv-parity/bin/python -m pytest tests/parity -s
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -42,4 +44,4 @@ $(VENV)/.%: pyproject.toml constraints.txt | $(BIN)/python
 	touch $@
 
 clean:
-	rm -rf .venv .venv-newest build dist *.egg-info
+	rm -rf .venv .venv-* build dist *.egg-info

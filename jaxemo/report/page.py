@@ -8,6 +8,7 @@ import jinja2
 import numpy as np
 from markupsafe import Markup
 
+from jaxemo.emotions import validation
 from jaxemo.report import demo, plots
 
 CLIP, STEP = 4.0, 0.5  # the heat map's range and grain, in standard deviations
@@ -60,6 +61,7 @@ def render(results: demo.Results) -> str:
         unrated=[name for name, value in zip(r.names, r.valence, strict=True) if not np.isfinite(value)],
         correlations=[(what, value, n, interval(value, n)) for what, (value, n) in r.correlations.items()],
         test=r.test,
+        usable=validation.USABLE,
         table=test_table(r.test),
         above=above_random(r.test),
         answers=answers,
@@ -142,10 +144,10 @@ def test_plots(test) -> dict[str, str]:
     """The three plots of the text steering test."""
     return {
         "words": plots.doses(test.strengths, test.best, test.own, "each emotion's own word, and mean",
-                             test.random.mean(2), test.others, "words",
+                             test.random.mean(2), test.others, None, "words",
                              "Change in log-probability of emotion words over strength"),
         "facts": plots.doses(test.strengths, test.best, test.facts, "under each emotion's direction, and mean",
-                             test.random_facts, None, "facts",
+                             test.random_facts, None, -validation.USABLE, "facts",
                              "Change in log-probability of right answers to questions of fact over strength"),
         "bars": plots.bars(test.names, test.own[test.best], test.random[test.best]),
     }  # fmt: skip

@@ -15,10 +15,11 @@ from matplotlib.colors import LinearSegmentedColormap, Normalize, to_rgba
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+GREY = "#8a8a8a"  # for what has no value, and for chance
 # Stand-ins that `svg` replaces with the page's own colours.
 INK, FAINT = "#010203", "#040506"
 COOL, WARM = "#2a6fbb", "#c8600a"  # below and above; told apart in all common forms of colour blindness
-DIVERGING = LinearSegmentedColormap.from_list("diverging", ["#14488a", COOL, "#f4f4f4", WARM, "#7d3500"])
+DIVERGING = LinearSegmentedColormap.from_list("", ["#14488a", COOL, "#f4f4f4", WARM, "#7d3500"]).with_extremes(bad=GREY)
 WIDTH = 4.6  # inches; at 0.75 of it a plot still fits a phone
 STYLE: dict[Any, Any] = {
     "svg.fonttype": "none", "svg.hashsalt": "jaxemo", "text.parse_math": False, "font.family": ["DejaVu Sans"],
@@ -90,9 +91,7 @@ def matrix(cosines: np.ndarray, names, order) -> str:
     side = max(WIDTH - 0.8, 0.14 * n)
     fig = Figure((side + 0.8, side + 1.3), layout="constrained")
     ax = fig.subplots()
-    cmap = DIVERGING.copy()
-    cmap.set_bad("#8a8a8a")
-    image = ax.imshow(shown, cmap=cmap, vmin=-limit, vmax=limit, interpolation="none")
+    image = ax.imshow(shown, cmap=DIVERGING, vmin=-limit, vmax=limit, interpolation="none")
     labels = [names[i] for i in order]
     ax.set_xticks(range(n), labels, rotation=90, rotation_mode="anchor", ha="right", va="center")
     ax.set_yticks(range(n), labels)
@@ -112,7 +111,7 @@ def scatter(coordinates: np.ndarray, share: np.ndarray, names, valence: np.ndarr
     ax = fig.subplots()
     rated = np.isfinite(valence)
     x, y = coordinates[:, 0], coordinates[:, 1]
-    ax.scatter(x[~rated], y[~rated], s=22, marker="s", color="#8a8a8a", lw=0)
+    ax.scatter(x[~rated], y[~rated], s=22, marker="s", color=GREY, lw=0)
     dots = ax.scatter(x[rated], y[rated], s=26, c=valence[rated], cmap=DIVERGING, norm=Normalize(1, 9),
                       edgecolors=INK, lw=0.5)  # fmt: skip
     ax.set(xlabel=f"PC1 ({share[0]:.0%} of variance)", ylabel=f"PC2 ({share[1]:.0%} of variance)")
@@ -161,8 +160,12 @@ def label(ax, points: np.ndarray, names) -> int:
 
 
 @matplotlib.rc_context(STYLE)
-def doses(strengths, best: int, lines: np.ndarray, lines_name: str, random: np.ndarray, others, name: str, title: str):
-    """Change over strength: `lines [S, E]` faint with their mean bold, and mean and range of `random [S, R]`."""
+def doses(strengths, best: int, lines: np.ndarray, lines_name: str, random: np.ndarray, others, floor: float | None,
+          name: str, title: str) -> str:  # fmt: skip
+    """Change over strength: `lines [S, E]` faint with their mean bold, and mean and range of `random [S, R]`.
+
+    `floor` is the change below which a strength is not usable.
+    """
     fig = Figure((WIDTH, 3.6), layout="constrained")
     ax = fig.subplots()
     ax.axhline(0, color=INK, lw=0.6)
@@ -174,8 +177,10 @@ def doses(strengths, best: int, lines: np.ndarray, lines_name: str, random: np.n
     if others is not None:
         ax.plot(strengths, others.mean(1), color=COOL, lw=2, ls="-.", label="the other emotions' words, mean")
     ax.plot(strengths, random.mean(1), color=INK, lw=1.6, ls="--", label="random directions, mean")
-    ax.fill_between(strengths, random.min(1), random.max(1), color="#8a8a8a", alpha=0.3, lw=0,
+    ax.fill_between(strengths, random.min(1), random.max(1), color=GREY, alpha=0.3, lw=0,
                     label="random directions, lowest to highest")  # fmt: skip
+    if floor is not None:
+        ax.axhline(floor, color=COOL, lw=1.2, ls=":", label="limit of a usable strength")
     ax.set(xlabel="strength (fraction of the mean residual norm)", ylabel="change in log-probability (nats)")
     ax.set_xticks(strengths, [f"{s:g}".replace("-", "−") for s in strengths])
     ax.grid(axis="y")

@@ -1,0 +1,267 @@
+"""The demo's page, from made-up results: whole, escaped, self-contained, repeatable and never half-written."""
+
+import dataclasses
+import html.parser
+import re
+
+import numpy as np
+import pytest
+import scipy.stats
+
+from jaxemo.emotions import geometry, validation
+from jaxemo.report import demo, page, plots
+
+VOID = {"meta", "br", "link", "img", "input", "hr"}
+LOADS = {"src", "srcset", "data", "poster", "background", "action", "xlink:href"}
+NAMES = (*demo.SHOWN, "at ease", "fed up & <b>$x$</b>")
+TOKENS = [
+    "M",
+    "ire",
+    "la",
+    " <script>alert(1)</script>",
+    "\n",
+    " a$b$",
+    ' "quoted"',
+    " &amp;",
+    "  spaced",
+    "\ufffd",
+    " é",
+]
+
+
+def make(names=NAMES, tokens=TOKENS, seed=0) -> demo.Results:
+    rng = np.random.default_rng(seed)
+    directions = rng.standard_normal((len(names), 16))
+    directions -= directions.mean(0)
+    directions /= np.linalg.norm(directions, axis=1, keepdims=True)
+    cosines = directions @ directions.T
+    coordinates, size, _ = np.linalg.svd(directions, full_matrices=False)
+    valence = rng.uniform(1, 9, len(names))
+    valence[-1] = np.nan
+    S, E, R = 3, 4, 5
+    test = validation.TextTest(
+        tuple(names[:E]), 7, (0.1, 0.25, 0.5),
+        own=np.array([[0.1] * E, [0.5, 0.6, 0.7, 0.8], [-1.0] * E]), others=rng.normal(size=(S, E)),
+        random=np.add.outer([-0.1, 0.3, 0.65], np.tile([[-0.35], [-0.05], [0.0], [0.05], [0.35]], E)), facts=-np.tile([[0.1], [0.4], [2.0]], E),
+        random_facts=rng.normal(size=(S, R)), dose=rng.uniform(size=(S, E)),
+    )  # fmt: skip
+    assert test.best == 1
+
+    def answer(emotion, strength, text, perplexity, repeated, tokens=9):
+        return demo.Answer(emotion, strength, text, tokens, perplexity, repeated, dict.fromkeys(demo.SHOWN, strength))
+
+    return demo.Results(
+        about={"model": "tiny & <i>odd</i>", "machine": "2 cores"},
+        layer=7,
+        tokens=list(tokens),
+        z=rng.normal(size=(len(tokens), len(demo.SHOWN))) * 2,
+        names=tuple(names),
+        cosines=cosines,
+        order=geometry.cluster_order(cosines),
+        components=geometry.Components(coordinates[:, :2] * size[:2], size[:2] ** 2 / (size**2).sum()),
+        valence=valence,
+        correlations={"PC1 with human valence": (0.15, 23), "PC2 with human arousal": (0.9, 3)},
+        test=test,
+        question="Why <em>now</em>?",
+        answers=[
+            answer("", 0.0, "A plain\n\nanswer & no more.", 2.0, 0.0),
+            answer("calm", 0.3, "It is <b>bold</b>.", 6.1, 0.3),
+            answer("calm", -0.3, "Again again.", 1.5, 0.31),
+            answer("random-0", 0.3, "Almost there.", 6.0, 0.3),
+            answer("random-0", 0.15, "", float("inf"), 0.0, tokens=0),
+        ],
+        seconds={"load": 1.25, "text test": 60.0},
+    )
+
+
+class Page(html.parser.HTMLParser):
+    """Elements with their text; a tag that does not match fails."""
+
+    def __init__(self, text: str):
+        super().__init__(convert_charrefs=True)
+        self.open, self.elements = [], []
+        self.feed(text)
+        self.close()
+        assert not self.open, f"never closed: {self.open}"
+
+    def handle_starttag(self, tag, attributes):
+        assert len(dict(attributes)) == len(attributes), f"an attribute twice in <{tag}> {attributes}"
+        element = {"tag": tag, "text": "", **dict(attributes)}
+        self.elements.append(element)
+        if tag not in VOID:
+            self.open.append(element)
+
+    def handle_startendtag(self, tag, attributes):
+        self.elements.append({"tag": tag, "text": "", **dict(attributes)})
+
+    def handle_endtag(self, tag):
+        assert self.open and self.open[-1]["tag"] == tag, f"</{tag}> at {self.getpos()} closes {self.open[-1:]}"
+        self.open.pop()
+
+    def handle_data(self, data):
+        for element in self.open:
+            element["text"] += data
+
+    def all(self, tag, cls=None):
+        return [e for e in self.elements if e["tag"] == tag and (cls is None or cls in (e.get("class") or "").split())]
+
+
+@pytest.fixture(scope="module")
+def results():
+    return make()
+
+
+@pytest.fixture(scope="module")
+def text(results):
+    return page.render(results)
+
+
+@pytest.fixture(scope="module")
+def parsed(text):
+    return Page(text)
+
+
+def test_the_page_is_well_formed(parsed, text):
+    assert text.lstrip().startswith("<!DOCTYPE html>")
+    assert [len(parsed.all(tag)) for tag in ("html", "head", "body", "title", "h1", "main")] == [1, 1, 1, 7, 1, 1]
+    ids = [e["id"] for e in parsed.elements if e.get("id")]
+    assert len(ids) == len(set(ids)) and len(ids) > 6
+    links = [e["href"] for e in parsed.all("a") if e["href"].startswith("#")]
+    used = re.findall(r"url\(#([^)]+)\)", text) + [
+        e["xlink:href"][1:] for e in parsed.elements if (e.get("xlink:href") or "").startswith("#")
+    ]
+    assert links and used and {link[1:] for link in links} | set(used) <= set(ids)
+
+
+def test_the_page_loads_nothing(parsed, text):
+    for element in parsed.elements:
+        assert element["tag"] not in {"script", "link", "iframe", "object", "embed", "img", "base", "form"}
+        for name in LOADS & element.keys():
+            assert element[name].startswith(("data:image/png;base64,", "#")), element
+        assert not any(name.startswith("on") for name in element), element
+        if element.get("href") and element["tag"] != "a":
+            assert element["href"].startswith("#")
+        if element.get("http-equiv"):
+            raise AssertionError(element)
+    assert not re.search(r"@import|@font-face", text)
+    assert all(target.startswith("#") for target in re.findall(r"url\(([^)]*)\)", text))
+    addresses = set(re.findall(r"(?:https?:)?//[\w.]+[^\s\"'<>]*", re.sub(r"base64,[A-Za-z0-9+/=\s]+", "", text)))
+    assert addresses == {
+        "https://arxiv.org/abs/2604.07729",
+        "http://www.w3.org/2000/svg",
+        "http://www.w3.org/1999/xlink",
+    }
+
+
+def test_every_name_token_and_answer_is_there_as_it_was(parsed, results):
+    drawn = {e["aria-label"]: e["text"] for e in parsed.all("svg")}
+    matrix = next(text for label, text in drawn.items() if label.startswith("Cosine"))
+    scatter = next(text for label, text in drawn.items() if label.startswith("First two"))
+    for name in results.names:
+        assert matrix.count(name) >= 2 and name in scatter, name
+    maps = parsed.all("p", "tokens")
+    assert len(maps) == len(demo.SHOWN) and {m["text"] for m in maps} == {"".join(results.tokens)}
+    cells = [e["text"] for e in parsed.all("span") if re.fullmatch(r"[np]\d+|first", e.get("class") or "")]
+    assert cells == results.tokens * len(demo.SHOWN)
+    assert [e["text"] for e in parsed.all("blockquote")] == [
+        "A plain\n\nanswer & no more.", "Again again.", "It is <b>bold</b>.", "(nothing)", "Almost there."
+    ]  # fmt: skip
+    assert re.search(r"\.tokens \{[^}]*white-space: pre-wrap", parsed.all("style")[0]["text"])
+    whole = parsed.all("html")[0]["text"]
+    for part in (results.question, *results.about.values(), "r = +0.15", "n = 23", "load 1.2, text test 60.0"):
+        assert part in whole, part
+
+
+def test_an_answer_is_broken_by_perplexity_or_repetition_only(parsed, results):
+    verdicts = {(a.emotion, a.strength): why for group in page.judged(results.answers).values() for a, why in group}
+    assert {key for key, why in verdicts.items() if why} == {("calm", 0.3), ("calm", -0.3), ("random-0", 0.15)}
+    cards = parsed.all("article")
+    assert ["broken" in card["class"].split() for card in cards] == [False, True, True, True, False]
+    assert "perplexity 3.0 ×" in cards[2]["text"] and "31\u202f% repeated" in cards[1]["text"]
+    assert "broken: empty" in cards[3]["text"] and "perplexity inf" in cards[3]["text"]
+    assert "2 of 2 answers steered by an emotion and 1 of 2 steered by a random" in parsed.all("header")[0]["text"]
+
+
+def test_the_heat_map_clips_and_leaves_the_first_token_out():
+    z = np.array([127.0, -0.2, 0.26, 1.0, -9.0, 99.0])
+    found = page.heat_map("calm", list("abcdef"), z)
+    assert [cell[:2] for cell in found["cells"]] == [
+        ("a", "first"), ("b", "p0"), ("c", "p1"), ("d", "p2"), ("e", "n8"), ("f", "p8")
+    ]  # fmt: skip
+    assert np.allclose(found["halves"], (0.03, 91 / 3)) and found["moved"]
+    assert not page.heat_map("desperate", list("abcdef"), z)["moved"]
+
+
+def test_the_table_holds_the_numbers_of_the_test(parsed, results):
+    t = results.test
+    assert page.above_random(t).tolist() == [0, 2, 0]
+    (best,) = parsed.all("tr", "best")
+    for part in ("0.25 (best)", "4 of 4", "2 of 4", "+0.65", "+0.30 ± 0.22", page.signed(t.others[1].mean())):
+        assert part in best["text"], part
+
+
+def test_the_interval_is_that_of_scipy():
+    x, y = np.random.default_rng(0).normal(size=(2, 23))
+    want = scipy.stats.pearsonr(x, y)
+    error = np.abs(np.subtract(page.interval(want.statistic, 23), want.confidence_interval(0.95))).max()
+    print(f"interval: error {error:.1e}, bound 1e-4")  # 1.96 stands for 1.95996
+    assert error < 1e-4
+    assert page.interval(0.9, 3) is None and page.interval(1.0, 9)[1] <= 1
+
+
+def test_extreme_pairs_are_the_largest_and_smallest_cosines(results):
+    c, found = results.cosines, page.extreme_pairs(results.cosines, results.names, 3)
+    above = np.sort(c[np.triu_indices(len(c), 1)])
+    assert [v for _, _, v in found["alike"]] == above[::-1][:3].tolist()
+    assert [v for _, _, v in found["opposed"]] == above[:3].tolist()
+    for a, b, value in found["alike"] + found["opposed"]:
+        assert c[results.names.index(a), results.names.index(b)] == value
+
+
+def test_labels_never_cover_one_another_and_none_is_lost():
+    rng = np.random.default_rng(0)
+    names = [f"emotion {i}" for i in range(120)]
+    drawn, missing = plots.scatter(rng.normal(size=(120, 2)), np.array([0.2, 0.1]), names, np.full(120, 5.0))
+    written = re.findall(r'<text[^>]*x="([\d.]+)" y="([\d.]+)"[^>]*>(emotion \d+)</text>', drawn)
+    assert len(written) == 120 - missing and len({name for *_, name in written}) == len(written) > 80
+    at = np.array([[float(x), float(y)] for x, y, _ in written])
+    dx, dy = np.abs(at[:, None] - at[None]).transpose(2, 0, 1)
+    # All labels are about as wide, some 40 points at 7.5 points; a line is about 7 points high.
+    apart = (dx > 35) | (dy > 5) | np.eye(len(at), dtype=bool)
+    assert apart.all()
+
+
+def test_a_plot_carries_its_title_whatever_it_is():
+    name = '"odd" & <b>'
+    drawn = Page(plots.traces(TOKENS, np.ones((len(TOKENS), 1)), [name]))
+    (found,) = drawn.all("svg")
+    assert found["role"] == "img" and name in found["aria-label"] == drawn.all("title")[0]["text"]
+
+
+def test_the_same_results_give_the_same_page(text):
+    assert page.render(make()) == text
+    assert page.render(make(seed=1)) != text
+
+
+def test_a_run_of_all_emotions_renders():
+    names = tuple(f"emotion {i}" for i in range(171))
+    parsed = Page(page.render(make(names)))
+    assert all(name in parsed.all("svg")[1]["text"] for name in names)
+
+
+def test_a_failing_render_or_write_leaves_the_old_page(tmp_path, results, monkeypatch):
+    path = tmp_path / "report.html"
+    page.write(results, path)
+    assert path.read_text(encoding="utf-8") == page.render(results)
+    path.write_text("old")
+    with pytest.raises(ValueError):
+        page.write(dataclasses.replace(results, z=results.z[:-1]), path)
+    assert path.read_text() == "old"
+
+    def refuse(*_):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(page.os, "replace", refuse)
+    with pytest.raises(OSError, match="disk full"):
+        page.write(results, str(path))
+    assert path.read_text() == "old" and [p.name for p in tmp_path.iterdir()] == ["report.html"]
