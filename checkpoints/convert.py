@@ -13,9 +13,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxemo.checkpoints.families import CheckpointError, Row
 
 from jaxemo import params as params_lib
-from jaxemo.checkpoints.families import CheckpointError, Row
 from jaxemo.config import ModelConfig
 
 
@@ -44,7 +44,9 @@ def convert(
         return np.array(array, dtype=dtype, order="C")  # always a copy: never an alias of a mapped file
 
     with concurrent.futures.ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
-        single = {name: pool.submit(lambda n: jax.device_put(make((n,))), name) for name in described if name != "layers"}
+        single = {
+            name: pool.submit(lambda n: jax.device_put(make((n,))), name) for name in described if name != "layers"
+        }
         layers: Any
         if stacked:
             layers = {}

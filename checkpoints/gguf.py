@@ -6,12 +6,12 @@ from typing import Any
 
 import gguf
 import numpy as np
+from jaxemo.checkpoints import convert, families
+from jaxemo.checkpoints.families import CheckpointError
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 
 from jaxemo import params as params_lib
-from jaxemo.checkpoints import convert, families
-from jaxemo.checkpoints.families import CheckpointError
 from jaxemo.config import ModelConfig
 from jaxemo.tokens import Tokenizer
 

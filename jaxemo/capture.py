@@ -7,6 +7,7 @@ mean over selected tokens, as its norm, or as scores against directions; only wh
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import flax.struct
 import jax
@@ -17,7 +18,7 @@ from jax import lax
 from jaxemo import kernels
 from jaxemo.config import ModelConfig
 from jaxemo.steering import resolve_layers
-from jaxemo.tokens import Selection, TokenBatch, spans
+from jaxemo.tokens import Array, Selection, TokenBatch, spans
 
 SITES = ("resid_pre", "attn_out", "mlp_out", "resid_post")
 Layers = str | int | Sequence[int]  # "all" or layer numbers; the order given is the order returned
@@ -41,7 +42,7 @@ class Capture:
     mean: Mapping[str, Layers] = dataclasses.field(default_factory=dict)
     norm: Mapping[str, Layers] = dataclasses.field(default_factory=dict)
     scores: Mapping[str, Layers] = dataclasses.field(default_factory=dict)
-    directions: np.ndarray | jax.Array | None = None
+    directions: Array | None = None
     tokens: Selection = "all"
     dose: bool = False
 
@@ -61,9 +62,9 @@ class Captured:
 class LayerProbes:
     """What one layer needs (or all, with a leading L axis)."""
 
-    slots: dict[str, dict[str, jax.Array]]  # kind → site → [] int32: where its result goes, or -1
-    directions: jax.Array | None  # [E, D]
-    index: jax.Array  # [] int32, the layer's number
+    slots: Mapping[str, Mapping[str, Array]]  # kind → site → [] int32: where its result goes, or -1
+    directions: Any  # [E, D], or None where nothing is scored
+    index: Array  # [] int32, the layer's number
 
 
 @flax.struct.dataclass
@@ -71,8 +72,8 @@ class Probes:
     """A Capture as arrays. Which layers and tokens are read are values; how many layers is part of the program."""
 
     layers: LayerProbes
-    spans: jax.Array  # [B, P, 2] int32, the tokens of `mean`
-    lengths: jax.Array  # [B] int32
+    spans: Array  # [B, P, 2] int32, the tokens of `mean`
+    lengths: Array  # [B] int32
     counts: tuple[tuple[str, str, int], ...] = flax.struct.field(pytree_node=False)  # (kind, site, n)
     dose: bool = flax.struct.field(pytree_node=False)
 
@@ -101,7 +102,7 @@ def resolve(config: ModelConfig, capture: Capture, batch: TokenBatch, new_tokens
         raise ValueError(f"Capture(scores=...) needs directions [L={L}, E, D={D}], got {shape}")
     found = [spans(capture.tokens, int(n), new_tokens) for n in np.asarray(batch.lengths)] if capture.mean else [[]]
     P = 4  # a power of two, so that most selections keep the shape
-    while P < max(map(len, found)):
+    while max(map(len, found)) > P:
         P *= 2
     where = np.zeros((len(batch.lengths), P, 2), np.int32)
     for row, ranges in enumerate(found):
@@ -148,7 +149,9 @@ def collect(probes: Probes, layer: LayerProbes, captured: Captured, sites: dict,
         return lax.dynamic_update_index_in_dim(buffer, jnp.where(slot >= 0, value.astype(buffer.dtype), kept), at, 0)
 
     buffers = {
-        kind: {site: put(getattr(captured, kind)[site], slot, reduce(kind, sites[site])) for site, slot in wanted.items()}
+        kind: {
+            site: put(getattr(captured, kind)[site], slot, reduce(kind, sites[site])) for site, slot in wanted.items()
+        }
         for kind, wanted in layer.slots.items()
     }
     dose = captured.dose

@@ -217,7 +217,7 @@ def _steering(args):
     vectors = _vectors(args, "steering")
     total = Steering()
     for item in args.steer:
-        name, equals, strength = item.partition("=")
+        name, _equals, strength = item.partition("=")
         try:
             amount = float(strength)
         except ValueError:

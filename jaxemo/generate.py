@@ -6,13 +6,15 @@ and the room for new tokens; everything else is a value.
 """
 
 import functools
+from typing import Any
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxemo import capture, model, params as params_lib, steering
+from jaxemo import capture, model, steering
+from jaxemo import params as params_lib
 from jaxemo.config import ModelConfig
 
 
@@ -43,7 +45,7 @@ class State:
     tokens: jax.Array  # [B, N]
     logprobs: jax.Array  # [B, N]
     lengths: jax.Array  # [B] tokens before the stop token
-    scores: jax.Array | None  # [B, N, E]
+    scores: Any  # [B, N, E], or None where nothing is read
     cache: model.Cache
 
 
@@ -98,7 +100,7 @@ def prefill(
     x, cache, _ = model.forward(config, params, ids, cache=cache, interventions=interventions)
     last = jnp.take_along_axis(x, (lengths - 1)[:, None, None], axis=1)[:, 0]
     token, logprob = sample(model.unembed(config, params, last), sampling, lengths)
-    E = None if probes is None else probes.layers.directions.shape[1]
+    scores = None if probes is None else jnp.zeros((B, room, probes.layers.directions.shape[1]), jnp.float32)
     return State(
         step=jnp.int32(0),
         token=token,
@@ -108,7 +110,7 @@ def prefill(
         tokens=jnp.zeros((B, room), jnp.int32),
         logprobs=jnp.zeros((B, room), jnp.float32),
         lengths=jnp.zeros(B, jnp.int32),
-        scores=None if E is None else jnp.zeros((B, room, E), jnp.float32),
+        scores=scores,
         cache=cache,
     )
 
@@ -132,9 +134,7 @@ def decode(
 
     def step(s: State) -> State:
         done = s.done | (s.token[:, None] == stop).any(-1)
-        x, cache, captured = model.forward(
-            config, params, s.token[:, None], s.position, s.cache, interventions, probes
-        )
+        x, cache, captured = model.forward(config, params, s.token[:, None], s.position, s.cache, interventions, probes)
         token, logprob = sample(model.unembed(config, params, x[:, 0]), sampling, s.position + 1)
         scores = s.scores
         if captured is not None:

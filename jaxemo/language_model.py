@@ -13,9 +13,11 @@ import numpy as np
 from jax import lax
 
 from jaxemo import capture as capture_lib
-from jaxemo import checkpoints, generate, model, steering as steering_lib, tokens as tokens_lib
+from jaxemo import checkpoints, generate, model
 from jaxemo import params as params_lib
-from jaxemo.capture import Capture, Captured
+from jaxemo import steering as steering_lib
+from jaxemo import tokens as tokens_lib
+from jaxemo.capture import Capture
 from jaxemo.config import ModelConfig
 from jaxemo.steering import Steering
 from jaxemo.tokens import TokenBatch, Tokenizer
@@ -26,17 +28,20 @@ SteeringArg = Steering | None | Sequence[Steering | None]
 class Directions(Protocol):
     """Named directions to read: `names [E]`, `directions [L, E, D]`, and the layer to read them at by default."""
 
-    names: tuple[str, ...]
-    directions: np.ndarray
-    layer: int
+    @property
+    def names(self) -> tuple[str, ...]: ...
+    @property
+    def directions(self) -> np.ndarray: ...
+    @property
+    def layer(self) -> int: ...
 
 
 @flax.struct.dataclass
 class Output:
     """`logits` float32 `[B, T, V]` (`[B, V]` for `logits="last"`, None for None) and what a Capture asked for."""
 
-    logits: jax.Array | None
-    captured: Captured | None
+    logits: Any
+    captured: Any  # Captured
 
 
 @flax.struct.dataclass
@@ -60,11 +65,11 @@ class Generation:
     tokens under the (steered) model at temperature 1, and `scores [B, N, E]` of every token where a readout was asked for.
     """
 
-    texts: list[str] | None = flax.struct.field(pytree_node=False)
+    texts: Any = flax.struct.field(pytree_node=False)
     tokens: np.ndarray
     lengths: np.ndarray
     logprobs: np.ndarray
-    scores: np.ndarray | None
+    scores: Any
 
 
 @functools.partial(jax.jit, static_argnames=("config", "logits"))
@@ -92,7 +97,9 @@ def _logprobs(config, params, ids, interventions):
 class LanguageModel:
     """A decoder-only transformer ready to run. `params` decides device, dtype and layer layout; see `jaxemo.params`."""
 
-    def __init__(self, config: ModelConfig, params: params_lib.Params, tokenizer: Tokenizer | None = None, source: str = ""):
+    def __init__(
+        self, config: ModelConfig, params: params_lib.Params, tokenizer: Tokenizer | None = None, source: str = ""
+    ):
         params_lib.check(config, params)
         self.config, self.params, self._tokenizer, self.source = config, params, tokenizer, source
 
@@ -116,7 +123,9 @@ class LanguageModel:
             inputs = self.tokenize(inputs)
         batch = tokens_lib.as_batch(inputs, self.config.vocab_size)
         if batch.lengths.max() > self.config.max_positions:
-            raise ValueError(f"a row has {batch.lengths.max()} tokens; the model was made for {self.config.max_positions}")
+            raise ValueError(
+                f"a row has {batch.lengths.max()} tokens; the model was made for {self.config.max_positions}"
+            )
         return batch
 
     def forward(
@@ -188,7 +197,7 @@ class LanguageModel:
           stream: called after every token with each row's new piece of text.
         """
         batch = self._batch(prompts)
-        B, T = batch.ids.shape
+        B, _T = batch.ids.shape
         if max_new_tokens < 1:
             raise ValueError(f"max_new_tokens is {max_new_tokens}; it must be at least 1")
         if batch.lengths.max() + max_new_tokens > self.config.max_positions:
@@ -209,7 +218,6 @@ class LanguageModel:
         state = generate.prefill(
             self.config, self.params, batch.ids, batch.lengths, sampling, interventions, probes, room
         )
-        ends: list[int | None] = [None] * B  # where a stop string ends the text, in characters
         shown = [0] * B
         pace = 1 if stream else 16 if stop_texts else max_new_tokens
         limit = 0
@@ -223,18 +231,18 @@ class LanguageModel:
             done = np.asarray(state.done)
             finished = done.all() or limit == max_new_tokens
             texts = self._texts(state.tokens, state.lengths)
-            ends = [_first(text, stop_texts) for text in texts]
+            ends = [_first(text, stop_texts) for text in texts]  # where a stop string ends the text, in characters
             if stream:
                 pieces = []
                 for i, text in enumerate(texts):
                     # Hold back a character whose bytes are not all there yet, and what may be the start of a stop.
                     whole = text.rstrip("�")
                     safe = len(text) if finished or done[i] else len(whole) - _overlap(whole, stop_texts)
-                    upto = safe if ends[i] is None else min(safe, ends[i])
+                    upto = min(safe, ends[i])
                     pieces.append(text[shown[i] : upto])
                     shown[i] = max(shown[i], upto)
                 stream(pieces)
-            stopped = done | np.array([end is not None for end in ends])
+            stopped = done | np.array([end <= len(text) for end, text in zip(ends, texts, strict=True)])
             if stopped.all():
                 break
             if stop_texts:
@@ -244,21 +252,21 @@ class LanguageModel:
         tokens, lengths = np.array(state.tokens)[:, :max_new_tokens], np.array(state.lengths)
         logprobs = np.array(state.logprobs)[:, :max_new_tokens]
         scores = None if state.scores is None else np.array(state.scores)[:, :max_new_tokens]
-        texts = None
+        written: Any = None
         if self._tokenizer is not None:
-            texts = self._texts(tokens, lengths)
-            for i, text in enumerate(texts):
+            written = self._texts(tokens, lengths)
+            for i, text in enumerate(written):
                 end = _first(text, stop_texts)
-                if end is None:
+                if end > len(text):
                     continue
-                texts[i] = text[:end]
+                written[i] = text[:end]
                 kept = 0  # the fewest tokens that hold the text before the stop
-                while not self.tokenizer.decode(tokens[i, :kept]).startswith(texts[i]):
+                while not self.tokenizer.decode(tokens[i, :kept]).startswith(written[i]):
                     kept += 1
                 lengths[i], tokens[i, kept:], logprobs[i, kept:] = kept, 0, 0
                 if scores is not None:
                     scores[i, kept:] = 0
-        return Generation(texts, tokens, lengths, logprobs, scores)
+        return Generation(written, tokens, lengths, logprobs, scores)
 
     def _stops(self, stop) -> tuple[np.ndarray, list[str]]:
         """Stop token ids, padded so that their number does not recompile, and the stop strings that are not one token."""
@@ -283,8 +291,9 @@ class LanguageModel:
         return [self.tokenizer.decode(row[:n]) for row, n in rows]
 
 
-def _first(text: str, stops: Sequence[str]) -> int | None:
-    return min((at for stop in stops if (at := text.find(stop)) >= 0), default=None)
+def _first(text: str, stops: Sequence[str]) -> int:
+    """Where the first of `stops` begins in `text`; beyond its end if none does."""
+    return min((at for stop in stops if (at := text.find(stop)) >= 0), default=len(text) + 1)
 
 
 def _overlap(text: str, stops: Sequence[str]) -> int:
@@ -329,7 +338,9 @@ def load(model: str | os.PathLike, dtype=None, stacked: bool | None = None) -> L
     name = os.fspath(model)
     path = checkpoints.pull(name) if name in checkpoints.REGISTRY else pathlib.Path(name)
     if not path.exists():
-        raise FileNotFoundError(f"{name!r} is neither a registered model ({', '.join(checkpoints.REGISTRY)}) nor a file")
+        raise FileNotFoundError(
+            f"{name!r} is neither a registered model ({', '.join(checkpoints.REGISTRY)}) nor a file"
+        )
     if path.suffix != ".gguf":
         raise ValueError(f"{name!r}: only registered models and .gguf files can be loaded")
     config, params, tokenizer = gguf.load(path, dtype, not on_cpu if stacked is None else stacked)

@@ -13,7 +13,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxemo import capture, params as params_lib, steering
+from jaxemo import capture, steering
+from jaxemo import params as params_lib
 from jaxemo.config import ModelConfig
 
 MASKED = -1e30  # a finite stand-in for -inf: a row whose keys are all masked stays free of NaN
@@ -128,31 +129,39 @@ def forward(
     cache: Cache | None = None,
     interventions: steering.Interventions | None = None,
     probes: capture.Probes | None = None,
-) -> tuple[jax.Array, Cache | None, capture.Captured | None]:
+) -> tuple[jax.Array, Any, Any]:
     """Run `tokens [B, T]` through all layers; `unembed` turns the returned residual stream into logits.
 
     Without `start`, row b's tokens begin at position 0 and a `cache`, if given, is filled. With `start [B]`, they
     begin at position `start[b]` and attend to the cache below it. Returns the residual stream after the last layer
-    `[B, T, D]`, the cache, and what `probes` asked for.
+    `[B, T, D]`, the cache, and what `probes` asked for (a `Captured`); None for what was not given.
     """
     fresh = start is None
+    if cache is None and not fresh:
+        raise ValueError("tokens that start later than position 0 need a cache of what came before")
     B, T = tokens.shape
-    start = jnp.zeros(B, jnp.int32) if fresh else start
-    positions = start[:, None] + jnp.arange(T)
+    begin = jnp.zeros(B, jnp.int32) if start is None else start
+    positions = begin[:, None] + jnp.arange(T)
     rotation = rope_angles(config, positions)
 
     def block(carry, inputs):
         x, cache, captured = carry
         index, weights, intervention, probe = inputs
         past = None if fresh else (cache.k[index], cache.v[index])
-        attn_out, mlp_out, kv = layer(config, weights, x, rotation, past, start)
+        attn_out, mlp_out, kv = layer(config, weights, x, rotation, past, begin)
         after = x + attn_out + mlp_out
         steered = after if interventions is None else steering.apply(interventions, intervention, after, positions)
         if probes is not None:
-            sites = dict(resid_pre=x, attn_out=attn_out, mlp_out=mlp_out, resid_post=steered, unsteered=after)
+            sites = {
+                "resid_pre": x,
+                "attn_out": attn_out,
+                "mlp_out": mlp_out,
+                "resid_post": steered,
+                "unsteered": after,
+            }
             captured = capture.collect(probes, probe, captured, sites, positions)
         if cache is not None:
-            cache = write_cache(cache, index, kv, start)
+            cache = write_cache(cache, index, kv, begin)
         return (steered, cache, captured), None
 
     x = params["embed"][tokens]

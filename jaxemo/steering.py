@@ -13,6 +13,7 @@ the compiled forward. New values in arrays of the same shape never recompile.
 """
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -22,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxemo.config import ModelConfig
-from jaxemo.tokens import Selection, Span, TokenBatch, spans
+from jaxemo.tokens import Array, Selection, Span, TokenBatch, spans
 
 ADD, SET, DAMPEN = "add", "set", "dampen"  # `set` fixes the projection: clamp, or ablate at 0
 
@@ -119,6 +120,7 @@ def steer(
     if not np.isfinite(values[active]).all():
         raise ValueError(f"{kind} has a value that is not finite")
     unit = np.where(lengths > 0, directions / np.maximum(lengths, 1e-300), 0).astype(np.float32)
+    tokens = tokens.tolist() if isinstance(tokens, np.ndarray) else tokens  # selections are compared
     term = Term(kind, unit, np.where(active, values, np.float32(0)), active, tokens)
     return Steering((term,), keep_norm)
 
@@ -150,10 +152,10 @@ def dampen(directions, beta, layers="all", tokens="all", keep_norm=False) -> Ste
 class LayerInterventions:
     """What one layer needs (or all layers, with a leading L axis). M is the number of distinct directions in use."""
 
-    bank: jax.Array  # [M, D] float32 unit directions
-    a: jax.Array  # [B, M] float32
-    b: jax.Array  # [B, M] float32
-    keep_norm: jax.Array  # [B] bool
+    bank: Array  # [M, D] float32 unit directions
+    a: Array  # [B, M] float32
+    b: Array  # [B, M] float32
+    keep_norm: Array  # [B] bool
 
 
 @flax.struct.dataclass
@@ -161,7 +163,7 @@ class Interventions:
     """Everything that steers one batch: per-layer arrays, and where each row's direction acts."""
 
     layers: LayerInterventions  # leaves with a leading L axis
-    spans: jax.Array  # [B, M, 2] int32: absolute positions start <= t < stop
+    spans: Array  # [B, M, 2] int32: absolute positions start <= t < stop
 
 
 def apply(steering: Interventions, layer: LayerInterventions, x: jax.Array, positions: jax.Array) -> jax.Array:
@@ -184,7 +186,7 @@ def _norm(x):
 
 
 def resolve(
-    config: ModelConfig, steering: Steering | None | Sequence[Steering | None], batch: TokenBatch, new_tokens: int = 0
+    config: ModelConfig, steering: Steering | Sequence[Steering | None] | None, batch: TokenBatch, new_tokens: int = 0
 ) -> Interventions:
     """The arrays for a batch, from one steering for all rows or a list with one (or None) a row.
 
@@ -196,9 +198,9 @@ def resolve(
     rows = [steering] * len(lengths) if steering is None or isinstance(steering, Steering) else list(steering)
     if len(rows) != len(lengths):
         raise ValueError(f"{len(rows)} steerings for {len(lengths)} rows; give one for all or one (or None) a row")
-    for i, row in enumerate(rows):
-        if row is not None and not isinstance(row, Steering):
-            raise TypeError(f"the steering of row {i} is {type(row).__name__}, not a Steering or None")
+    for i, given in enumerate(rows):
+        if given is not None and not isinstance(given, Steering):
+            raise TypeError(f"the steering of row {i} is {type(given).__name__}, not a Steering or None")
 
     L, B, D = config.n_layers, len(rows), config.d_model
     bank: list[np.ndarray] = []
@@ -231,7 +233,7 @@ def resolve(
             entries.append((row, slot, a, b, span))
 
     M = 4
-    while M < len(bank):
+    while len(bank) > M:
         M *= 2
     arrays = LayerInterventions(
         bank=np.zeros((L, M, D), np.float32),
@@ -260,7 +262,7 @@ def _row_entries(spec: Steering, length: int, new_tokens: int):
     # Projections that are set together must not undo one another: between any two bounds the same terms act, and
     # their directions are made orthonormal there.
     bounds = sorted({bound for span, _ in fixed for bound in span})
-    for start, stop in zip(bounds, bounds[1:], strict=False):
+    for start, stop in itertools.pairwise(bounds):
         acting = [term for span, term in fixed if span.start <= start and stop <= span.stop]
         entries += [(*slot, Span(start, stop)) for slot in _orthonormal(acting)]
     return entries

@@ -18,6 +18,7 @@ import jax
 import numpy as np
 
 Chat = Sequence[dict[str, str]]  # [{"role": "user", "content": "..."}, ...]
+Array = jax.Array | np.ndarray  # trees are built on the host and enter compiled passes as they are
 Selection = str | slice | int | Sequence[int]
 END = np.iinfo(np.int32).max  # "no end": past every position
 
@@ -26,8 +27,8 @@ END = np.iinfo(np.int32).max  # "no end": past every position
 class TokenBatch:
     """Right-padded rows: `ids [B, T]` int32 and their `lengths [B]`. Padding is id 0 and is never attended to."""
 
-    ids: jax.Array
-    lengths: jax.Array
+    ids: Array
+    lengths: Array
 
 
 def bucket(n: int, smallest: int = 8) -> int:
@@ -97,10 +98,17 @@ def spans(selection: Selection, length: int, new_tokens: int = 0) -> list[Span]:
     Raises ValueError where it names none: an intervention or a measurement that never happens is a mistake.
     """
     total = length + new_tokens
-    named = {"all": Span(0, END), "prompt": Span(0, length), "generated": Span(length, END), "last": Span(length - 1, length)}
+    named = {
+        "all": Span(0, END),
+        "prompt": Span(0, length),
+        "generated": Span(length, END),
+        "last": Span(length - 1, length),
+    }
     if isinstance(selection, str):
         if selection not in named:
-            raise ValueError(f"unknown token selection {selection!r}; known are {', '.join(named)}, slices and positions")
+            raise ValueError(
+                f"unknown token selection {selection!r}; known are {', '.join(named)}, slices and positions"
+            )
         found = [named[selection]]
     elif isinstance(selection, slice):
         if selection.step not in (None, 1):
@@ -112,7 +120,9 @@ def spans(selection: Selection, length: int, new_tokens: int = 0) -> list[Span]:
         found = []
         for position in sorted({int(p) + length if p < 0 else int(p) for p in positions}):
             if not 0 <= position < total:
-                raise ValueError(f"token selection {selection!r}: position {position} is outside this row's {total} tokens")
+                raise ValueError(
+                    f"token selection {selection!r}: position {position} is outside this row's {total} tokens"
+                )
             if found and found[-1].stop == position:
                 found[-1] = Span(found[-1].start, position + 1)
             else:
@@ -141,8 +151,8 @@ class Tokenizer:
     def encode_chat(self, chat: Chat, add_generation_prompt: bool = True) -> list[int]:
         return self.backend.encode(self.render(chat, add_generation_prompt), add_special_tokens=False).ids
 
-    def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
-        return self.backend.decode(list(map(int, ids)), skip_special_tokens=skip_special)
+    def decode(self, ids: Sequence[int] | np.ndarray, skip_special: bool = True) -> str:
+        return self.backend.decode([int(i) for i in ids], skip_special_tokens=skip_special)
 
     def token(self, index: int) -> str:
         """The text of one token, for display."""
@@ -184,7 +194,7 @@ def encode(tokenizer: Tokenizer, inputs: str | Chat | Sequence[str | Chat]) -> l
     def is_chat(value: Any) -> bool:
         return isinstance(value, list | tuple) and bool(value) and isinstance(value[0], dict)
 
-    rows = [inputs] if isinstance(inputs, str) or is_chat(inputs) else list(inputs)
+    rows: list[Any] = [inputs] if isinstance(inputs, str) or is_chat(inputs) else list(inputs)
     encoded = []
     for i, row in enumerate(rows):
         if isinstance(row, str):
@@ -192,5 +202,7 @@ def encode(tokenizer: Tokenizer, inputs: str | Chat | Sequence[str | Chat]) -> l
         elif is_chat(row):
             encoded.append(tokenizer.encode_chat(row))
         else:
-            raise TypeError(f"row {i} is {type(row).__name__}; expected a text or a chat (a list of role/content turns)")
+            raise TypeError(
+                f"row {i} is {type(row).__name__}; expected a text or a chat (a list of role/content turns)"
+            )
     return encoded

@@ -11,10 +11,10 @@ import hypothesis.strategies as st
 import jax.numpy as jnp
 import numpy as np
 import pytest
-
-import jaxemo
 from jaxemo.checkpoints import CheckpointError, convert, families, registry
 from jaxemo.checkpoints import gguf as gguf_lib
+
+import jaxemo
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 SAMPLE = GOLDEN / "gqa_tied.gguf"

@@ -113,6 +113,12 @@ def test_nothing_is_exactly_nothing(keep_norm):
     assert (steer(v, x) != x).any()
 
 
+def test_positions_from_numpy_are_positions():
+    x, at = stream(), np.array([0, 2])
+    np.testing.assert_array_equal(steer(add(POOL[0], 1.0, tokens=at) - add(POOL[0], 1.0, tokens=at.copy()), x), x)
+    np.testing.assert_array_equal(steer(add(POOL[0], 1.0, tokens=at), x), steer(add(POOL[0], 1.0, tokens=[0, 2]), x))
+
+
 @hypothesis.given(st.integers(-8, 8), st.integers(-8, 8))
 def test_strengths_scale_and_add(m, n):
     """Small whole numbers are exact in float32, so equal strengths are equal programs."""

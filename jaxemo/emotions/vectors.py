@@ -4,7 +4,7 @@ import dataclasses
 import difflib
 import json
 import os
-import tempfile
+import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -37,7 +37,7 @@ class EmotionVectors:
 
     def __post_init__(self):
         L, E, _ = shape = self.directions.shape
-        if E != len(self.names) or len(set(self.names)) != E:
+        if len(self.names) != E or len(set(self.names)) != E:
             raise ValueError(f"{len(self.names)} names (each once) for {E} directions")
         if self.residual_norm.shape != (L,) or {self.neutral_mean.shape, self.neutral_std.shape} != {(L, E)}:
             raise ValueError(f"residual_norm must be [{L}], neutral_mean and neutral_std [{L}, {E}]")
@@ -144,16 +144,15 @@ class EmotionVectors:
         """Write one `.safetensors` file; the names and the provenance are in its metadata."""
         arrays = {name: np.ascontiguousarray(getattr(self, name)) for name in _ARRAYS}
         metadata = {"format": FORMAT, "names": json.dumps(self.names), "provenance": json.dumps(self.provenance)}
-        folder = os.path.dirname(os.path.abspath(path))
-        with tempfile.NamedTemporaryFile(dir=folder, suffix=".part", delete=False) as file:
-            try:
+        part = f"{os.fspath(path)}.{os.getpid()}.part"
+        try:
+            with open(part, "wb") as file:
                 file.write(safetensors.numpy.save(arrays, metadata))
                 file.flush()
                 os.fsync(file.fileno())
-                os.replace(file.name, path)
-            except BaseException:
-                os.unlink(file.name)
-                raise
+            os.replace(part, path)
+        finally:
+            pathlib.Path(part).unlink(missing_ok=True)
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "EmotionVectors":
