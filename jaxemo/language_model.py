@@ -303,18 +303,18 @@ def _overlap(text: str, stops: Sequence[str]) -> int:
 
 def _sampling(rows: int, temperature, top_k, top_p, min_p, seed) -> generate.Sampling:
     def per_row(name, value, dtype, low, high):
-        array = np.asarray(value, dtype)
-        if array.shape not in ((), (rows,)) or not ((array >= low) & (array <= high)).all():
-            raise ValueError(f"{name}={value}: expected a number from {low} to {high}, or {rows} of them")
-        return np.broadcast_to(array, rows)
+        array = np.asarray(value, np.float64)
+        fits = (array >= low) & (array <= high) & (np.issubdtype(dtype, np.floating) | (array % 1 == 0))
+        if array.shape not in ((), (rows,)) or not fits.all():
+            kind = "number" if np.issubdtype(dtype, np.floating) else "whole number"
+            raise ValueError(f"{name}={value}: expected a {kind} from {low} to {high}, or {rows} of them")
+        return array.astype(dtype) if array.shape else np.full(rows, array, dtype)
 
-    seeds = np.asarray(seed, np.uint32)
-    if seeds.shape == ():
-        keys = jax.vmap(lambda row: jax.random.fold_in(jax.random.key(seeds), row))(jnp.arange(rows))
-    elif seeds.shape == (rows,):
-        keys = jax.vmap(jax.random.key)(seeds)
+    seeds = per_row("seed", seed, np.uint32, 0, 2**32 - 1)
+    if np.ndim(seed) == 0:
+        keys = jax.vmap(lambda seed, row: jax.random.fold_in(jax.random.key(seed), row))(seeds, jnp.arange(rows))
     else:
-        raise ValueError(f"{seeds.size} seeds for {rows} rows; give one, or one a row")
+        keys = jax.vmap(jax.random.key)(seeds)
     return generate.Sampling(
         temperature=per_row("temperature", temperature, np.float32, 0, np.inf),
         top_k=per_row("top_k", top_k, np.int32, 0, np.iinfo(np.int32).max),

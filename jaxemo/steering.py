@@ -120,7 +120,8 @@ def steer(
     if not np.isfinite(values[active]).all():
         raise ValueError(f"{kind} has a value that is not finite")
     unit = np.where(lengths > 0, directions / np.maximum(lengths, 1e-300), 0).astype(np.float32)
-    tokens = tokens.tolist() if isinstance(tokens, np.ndarray) else tokens  # selections are compared
+    if not isinstance(tokens, str | slice):
+        tokens = np.atleast_1d(tokens).tolist()  # selections are compared
     term = Term(kind, unit, np.where(active, values, np.float32(0)), active, tokens)
     return Steering((term,), keep_norm)
 

@@ -116,7 +116,7 @@ def test_nan_in_the_padding_does_not_leak_into_means(tiny):
     np.testing.assert_allclose(mean(x), np.ones((1, 3, D)), rtol=12 * np.finfo(np.float32).eps)
 
 
-def test_one_compilation_for_every_choice_of_layers_tokens_and_directions(either, compiles):
+def test_one_compilation_for_every_choice_of_layers_tokens_and_directions(tiny, compiles):
     rng = np.random.default_rng(1)
     selections = ["all", "prompt", "last", slice(2, None), slice(-3, None), 1, [0, 2, 4], [1, 2]]
 
@@ -128,10 +128,10 @@ def test_one_compilation_for_every_choice_of_layers_tokens_and_directions(either
         # A width of its own: no other test has compiled a program that this one should not need.
         return TokenBatch(rng.integers(1, 256, (3, 13)).astype(np.int32), rng.integers(5, 14, 3).astype(np.int32))
 
-    either.forward(random_batch(), STEERING, random_capture())
+    tiny.forward(random_batch(), STEERING, random_capture())
     before = compiles.count
     for _ in range(50):
-        either.forward(random_batch(), STEERING, random_capture())
+        tiny.forward(random_batch(), STEERING, random_capture())
     assert compiles.count == before, f"{compiles.count - before} programs compiled"
 
 

@@ -42,7 +42,7 @@ def make(names=NAMES, tokens=TOKENS, seed=0) -> demo.Results:
     test = validation.TextTest(
         tuple(names[:E]), 7, (0.1, 0.25, 0.5),
         own=np.array([[0.1] * E, [0.5, 0.6, 0.7, 0.8], [-1.0] * E]), others=rng.normal(size=(S, E)),
-        random=np.add.outer([-0.1, 0.3, 0.65], np.tile([[-0.35], [-0.05], [0.0], [0.05], [0.35]], E)), facts=-np.tile([[0.1], [0.4], [2.0]], E),
+        random=np.add.outer([-0.1, 0.3, 0.65], np.tile([[-0.35], [-0.05], [0.0], [0.05], [0.35]], E)), facts=-np.tile([[0.1], [0.2], [2.0]], E),
         random_facts=rng.normal(size=(S, R)), dose=rng.uniform(size=(S, E)),
     )  # fmt: skip
     assert test.best == 1

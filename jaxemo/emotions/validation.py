@@ -15,7 +15,7 @@ from jaxemo.language_model import LanguageModel
 from jaxemo.steering import Steering
 from jaxemo.tokens import pad
 
-USABLE = 0.5  # nats
+USABLE = 0.3  # nats
 PREFIXES = ("He feels", "I feel")
 FACTS = (
     ("The capital of France is", "Paris"),
@@ -45,12 +45,12 @@ class TextTest:
 
     @property
     def best(self) -> int:
-        """The usable strength (its index) at which the own word rises for most emotions, ties by the mean rise.
+        """The usable strength (its index) at which the own words rise most on average.
 
         Usable is a strength that costs the questions of fact at most `USABLE` nats; the weakest, if none is.
         """
         usable = [s for s in range(len(self.strengths)) if self.facts[s].mean() > -USABLE] or [0]
-        return max(usable, key=lambda s: ((self.own[s] > 0).sum(), self.own[s].mean()))
+        return max(usable, key=lambda s: self.own[s].mean())
 
     def summary(self) -> str:
         lines = ["strength   own word rises   own mean   other words   random mean ± sd   facts   dose"]
@@ -106,7 +106,7 @@ def word_logprobs(
 def text_test(
     lm: LanguageModel,
     vectors: EmotionVectors,
-    strengths: Sequence[float] = (0.05, 0.1, 0.15, 0.25, 0.35, 0.5),
+    strengths: Sequence[float] = (0.05, 0.1, 0.15, 0.2, 0.25, 0.35, 0.5),
     layer: int | None = None,
     random: int = 20,
     seed: int = 0,
