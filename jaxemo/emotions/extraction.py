@@ -18,6 +18,7 @@ from jaxemo.language_model import LanguageModel
 from jaxemo.tokens import length_batches
 
 SKIP = 50  # tokens at the start of a story that are not counted: the emotion is not there yet
+LONGEST = 160  # tokens of a text that are read: few lengths to compile for, and texts weigh alike
 SINK = 10.0  # a token whose norm is this many times its row's median is an attention sink and no measure of the stream
 
 
@@ -27,7 +28,8 @@ def extract(
     *,
     denoise: float = 0.5,
     skip: int = SKIP,
-    max_tokens: int = 4096,
+    longest: int = LONGEST,
+    max_tokens: int = 2048,
     progress: bool = True,
 ) -> EmotionVectors:
     """One direction an emotion and layer, from `corpus` (by default the shipped one).
@@ -35,6 +37,7 @@ def extract(
     Args:
       denoise: principal components of the neutral texts holding this share of their variance are projected out; 0 for none.
       skip: tokens at the start of each text that are left out.
+      longest: tokens of each text that are read at most.
       max_tokens: tokens in a batch, padding included; the memory to spend.
 
     Raises ValueError for fewer than two emotions, a text of no more than `skip` tokens, or no neutral texts to denoise with.
@@ -48,7 +51,7 @@ def extract(
     if denoise and len(corpus.neutral) < 2:
         raise ValueError(f"{corpus.name}: no neutral texts to denoise with; add some or use denoise=0")
     texts = [story.text for story in corpus.stories] + list(corpus.neutral)
-    means, norms = pooled(lm, texts, skip, max_tokens, progress)
+    means, norms = pooled(lm, texts, skip, max_tokens, progress, longest)
     count = len(corpus.stories)
     emotion = np.array([names.index(story.emotion) for story in corpus.stories])
     by_emotion = np.stack([means[:count][emotion == e].mean(0) for e in range(len(names))], axis=1)  # [L, E, D]
@@ -67,6 +70,7 @@ def extract(
         "stories": count,
         "neutral_texts": len(corpus.neutral),
         "skip": skip,
+        "longest": longest,
         "denoise": denoise,
         "components_removed": removed,
         "dtype": str(lm.params["embed"].dtype),
@@ -74,21 +78,21 @@ def extract(
     }
     directions = {name: centred[:, e] for e, name in enumerate(names)}
     vectors = EmotionVectors.from_directions(directions, norms[:count].mean(0), provenance)
-    return calibrate(lm, vectors, corpus.neutral, skip, max_tokens, progress) if corpus.neutral else vectors
+    return calibrate(lm, vectors, corpus.neutral, skip, max_tokens, progress, longest) if corpus.neutral else vectors
 
 
 def pooled(
-    lm: LanguageModel, texts, skip: int, max_tokens: int, progress: bool, label: str = "stories"
+    lm: LanguageModel, texts, skip: int, max_tokens: int, progress: bool, longest: int = LONGEST
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Each text's mean residual stream `[n, L, D]` and mean residual norm `[n, L]`, float64, from token `skip` on."""
-    rows = [lm.tokenizer.encode(text) for text in texts]
+    """Each text's mean residual stream `[n, L, D]` and mean residual norm `[n, L]`, float64, of tokens `skip` to `longest`."""
+    rows = [lm.tokenizer.encode(text)[:longest] for text in texts]
     for text, row in zip(texts, rows, strict=True):
         if len(row) <= skip:
             raise ValueError(f"a text has {len(row)} tokens, more than {skip} are needed: {text[:60]!r}")
     L, D = lm.config.n_layers, lm.config.d_model
     means, norms = np.zeros((len(rows), L, D)), np.zeros((len(rows), L))
     wanted = Capture(mean={"resid_post": "all"}, norm={"resid_post": "all"}, tokens=slice(skip, None))
-    with tqdm(total=sum(map(len, rows)), unit="tok", desc=label, disable=not progress) as bar:
+    with tqdm(total=sum(map(len, rows)), unit="tok", desc="stories", disable=not progress) as bar:
         for indices, batch in length_batches(rows, max_tokens):
             captured = lm.forward(batch, capture=wanted, logits=None).captured
             mean, norm = np.asarray(captured.mean["resid_post"]), np.asarray(captured.norm["resid_post"])
@@ -109,10 +113,10 @@ def main_components(x: np.ndarray, share: float) -> np.ndarray:
 
 
 def calibrate(
-    lm: LanguageModel, vectors: EmotionVectors, neutral, skip: int, max_tokens: int, progress: bool
+    lm: LanguageModel, vectors: EmotionVectors, neutral, skip: int, max_tokens: int, progress: bool, longest: int
 ) -> EmotionVectors:
     """The same vectors with mean and standard deviation of their scores over the tokens of neutral texts."""
-    rows = [lm.tokenizer.encode(text) for text in neutral]
+    rows = [lm.tokenizer.encode(text)[:longest] for text in neutral]
     wanted = Capture(scores={"resid_post": "all"}, directions=vectors.directions)
     scores = []
     with tqdm(total=sum(map(len, rows)), unit="tok", desc="neutral scores", disable=not progress) as bar:

@@ -83,7 +83,7 @@ def word_logprobs(
                 texts.setdefault(sequence, len(texts))
             paths[-1].append([(texts[sequence], token) for sequence, token in steps])
     jobs = [(c, sequence) for c in range(len(steerings)) for sequence in texts]
-    length = pad(list(texts)).ids.shape[1]
+    length = max(map(len, texts))  # exactly: these rows are too short to fill a bucket
     steps = sorted({step for path in paths for word in path for step in word})
     found = np.empty((len(steerings), len(steps)))
     for at in range(0, len(jobs), rows):
