@@ -1,7 +1,7 @@
 """The corpus: stories in which a character feels an emotion that is never named, and neutral texts.
 
-The shipped corpus was written for this project (CC0): 24 emotions, each on the same 12 everyday topics so that the
-topic cancels, and 60 neutral exchanges on those topics. Any corpus in the same form will do.
+The shipped corpus was written for this project (CC0): 24 emotions, two stories on each of the same 12 everyday
+topics so that the topic cancels, and 60 neutral exchanges on those topics. Any corpus in the same form will do.
 """
 
 import csv

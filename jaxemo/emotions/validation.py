@@ -8,6 +8,7 @@ import dataclasses
 from collections.abc import Sequence
 
 import numpy as np
+from tqdm import tqdm
 
 from jaxemo.capture import Capture
 from jaxemo.emotions.vectors import EmotionVectors
@@ -69,6 +70,7 @@ def word_logprobs(
     words: Sequence[str],
     steerings: Sequence[Steering | None],
     rows: int = 128,
+    progress: bool = False,
 ) -> np.ndarray:
     """Log-probability `[C, P, W]` of each word (all its tokens) right after each prefix under each of C steerings."""
     texts: dict[tuple[int, ...], int] = {}  # every token sequence that is followed by a token of a word, once
@@ -86,7 +88,7 @@ def word_logprobs(
     length = max(map(len, texts))  # exactly: these rows are too short to fill a bucket
     steps = sorted({step for path in paths for word in path for step in word})
     found = np.empty((len(steerings), len(steps)))
-    for at in range(0, len(jobs), rows):
+    for at in tqdm(range(0, len(jobs), rows), unit="batch", desc="next words", disable=not progress):
         part = jobs[at : at + rows]
         filled = part + [part[0]] * (rows - len(part))
         batch = pad([sequence for _, sequence in filled], length)
@@ -110,6 +112,7 @@ def text_test(
     layer: int | None = None,
     random: int = 20,
     seed: int = 0,
+    progress: bool = False,
 ) -> TextTest:
     """Run the text steering test for every emotion of `vectors` at one layer, with `random` control directions.
 
@@ -121,12 +124,12 @@ def text_test(
     steerings: list[Steering | None] = [None]
     steerings += [vectors.steer(name, s, [layer]) for s in strengths for name in vectors.names]
     steerings += [controls.steer(name, s, [layer]) for s in strengths for name in controls.names]
-    logps = word_logprobs(lm, PREFIXES, vectors.names, steerings).mean(1)
+    logps = word_logprobs(lm, PREFIXES, vectors.names, steerings, progress=progress).mean(1)
     change = logps[1:] - logps[0]
     by_emotion = change[: S * E].reshape(S, E, E)  # [strength, direction, word]
     own = np.einsum("see->se", by_emotion)
     questions, answers = zip(*FACTS, strict=True)
-    right = np.einsum("cff->cf", word_logprobs(lm, questions, answers, steerings)).mean(1)
+    right = np.einsum("cff->cf", word_logprobs(lm, questions, answers, steerings, progress=progress)).mean(1)
     fact_change = right[1:] - right[0]
     return TextTest(
         names=vectors.names,

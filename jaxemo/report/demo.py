@@ -130,7 +130,7 @@ def collect(vectors_path: str | None = None, say=print) -> Results:
     )
     lap("reading")
     say("Steering 'He feels' and 'I feel', with random directions as control ...")
-    test = validation.text_test(lm, vectors.select(corpus.DISPLAY))
+    test = validation.text_test(lm, vectors.select(corpus.DISPLAY), progress=True)
     lap("text test")
     say("Answering one question at several strengths ...")
     answered = answers(lm, vectors)
