@@ -94,7 +94,8 @@ def _parser() -> argparse.ArgumentParser:
     )
 
     sub = command("read", _read, "score texts on emotion directions")
-    model(sub)
+    sub.add_argument("-m", "--model", default="smollm2-135m", help="registry name or .gguf file (smollm2-135m)")
+    sub.add_argument("--dtype", help="float32 or bfloat16 (by default float32 on CPU, bfloat16 elsewhere)")
     sub.add_argument("--vectors", required=True, help="file made by `jaxemo extract`")
     sub.add_argument("--layer", type=int)
     sub.add_argument("--top", type=int, default=5, help="emotions to print for each text")

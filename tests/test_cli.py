@@ -1,0 +1,78 @@
+"""The command line: each verb on a tiny model, and mistakes as one line on stderr with exit status 2."""
+
+import io
+import pathlib
+
+import numpy as np
+import pytest
+
+from jaxemo import EmotionVectors, cli
+
+MODEL = str(pathlib.Path(__file__).parent / "golden" / "gqa_tied.gguf")
+
+
+@pytest.fixture
+def vectors(tmp_path):
+    rng = np.random.default_rng(0)
+    path = tmp_path / "v.safetensors"
+    directions = {name: rng.standard_normal((3, 32)) for name in ("glad", "low")}
+    EmotionVectors.from_directions(directions, np.full(3, 5.0)).save(path)
+    return str(path)
+
+
+def run(capsys, *arguments):
+    code = cli.main(["--no-compile-cache", *arguments])
+    out = capsys.readouterr()
+    return code, out.out, out.err
+
+
+def test_info_says_what_the_model_is(capsys):
+    code, out, _ = run(capsys, "info", MODEL)
+    assert code == 0 and "family llama; 3 layers, d_model 32" in out and "with chat template" in out
+
+
+def test_generate_is_steered_and_read(capsys, vectors):
+    common = ("generate", MODEL, "--raw", "-p", "one two", "-n", "6")
+    code, plain, _ = run(capsys, *common)
+    assert code == 0
+    same = run(capsys, *common, "--vectors", vectors, "--steer", "glad=0")[1]
+    steered = run(capsys, *common, "--vectors", vectors, "--steer", "glad=30", "--layers", "0-2", "--read")[1]
+    assert same == plain and not steered.startswith(plain.rstrip("\n")) and "glad +" in steered
+
+
+def test_chat_goes_on_until_an_empty_line(capsys, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.StringIO("one\ntwo\n\nthree\n"))
+    code, out, _ = run(capsys, "generate", MODEL, "-n", "2")
+    assert code == 0 and out.count("> ") == 3
+
+
+def test_read_ranks_each_text(capsys, vectors, monkeypatch):
+    code, out, _ = run(
+        capsys, "read", "--model", MODEL, "--vectors", vectors, "--layer", "1", "one two", "three old dogs"
+    )
+    assert code == 0 and "after layer 1" in out and out.count("glad") == 2 and "| three old dogs" in out
+    monkeypatch.setattr("sys.stdin", io.StringIO("one two\nthree old dogs\n"))
+    again = run(capsys, "read", "--model", MODEL, "--vectors", vectors, "--layer", "1", "-")[1]
+    assert again == out
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (("info", "no-such-model"), "'no-such-model' is neither a registered model"),
+        (("pull", "no-such-model"), "unknown model 'no-such-model'"),
+        (("generate", MODEL, "-p", "x", "--steer", "glad=1"), "steering needs --vectors FILE"),
+        (("read", "--model", MODEL, "--vectors", "nowhere.safetensors", "x"), "nowhere.safetensors"),
+        (("extract", MODEL, "--corpus", "nowhere.jsonl"), "nowhere.jsonl"),
+    ],
+)
+def test_a_mistake_is_one_line(capsys, arguments, message):
+    code, _, err = run(capsys, *arguments)
+    assert code == 2 and err.startswith("jaxemo: ") and message in err and err.count("\n") == 1, err
+
+
+def test_a_strength_that_is_no_number_is_named(capsys, vectors):
+    code, _, err = run(capsys, "generate", MODEL, "-p", "x", "--vectors", vectors, "--steer", "glad=much")
+    assert code == 2 and "'glad=much'" in err and "desperate=0.25" in err
+    code, _, err = run(capsys, "generate", MODEL, "-p", "x", "--vectors", vectors, "--steer", "gald=1")
+    assert code == 2 and "did you mean glad?" in err
