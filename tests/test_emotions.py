@@ -297,6 +297,19 @@ def test_word_logprobs_sums_over_a_words_tokens(lm):
                 assert abs(got[c, p, w] - logp) < 1e-3
 
 
+def test_no_steering_result_without_its_random_controls(lm):
+    """Rule 6: the controls are part of the result, of the same norm as the vectors, and cannot be left out."""
+    vectors = some_vectors(lm.config.n_layers, lm.config.d_model, ("one", "cat", "mat"))
+    with pytest.raises(ValueError, match="random=0"):
+        validation.text_test(lm, vectors, random=0)
+    result = validation.text_test(lm, vectors, strengths=(0.1, 0.5), layer=1, random=3)
+    assert result.random.shape == (2, 3, 3) and result.random_facts.shape == (2, 3)
+    steerings = [None, *(vectors.random(3).steer(f"random-{i}", 0.5, [1]) for i in range(3))]
+    logps = validation.word_logprobs(lm, validation.PREFIXES, vectors.names, steerings).mean(1)
+    assert np.allclose(result.random[1], logps[1:] - logps[0], atol=1e-4)
+    assert "random mean" in result.summary()
+
+
 def test_cluster_order_and_components():
     rng = np.random.default_rng(0)
     centres = np.repeat(rng.standard_normal((3, 16)) * 3, 4, axis=0)
