@@ -1,100 +1,154 @@
 """From a checkpoint's named tensors to the model's parameters, through a family's table.
 
-All faults are collected first (unknown, missing, doubly mapped tensors, wrong shapes) and raised together; only then
-are tensors read, one at a time, so that no second copy of the model is ever held.
+All faults are collected first (unknown, missing, doubly used tensors) and raised together; only then are tensors read,
+one at a time, so that no second copy of the model is ever held.
 """
 
 import concurrent.futures
+import itertools
+import math
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxemo.checkpoints.families import CheckpointError, Row
+from jaxemo.checkpoints.families import Entry, Table, same
+from jaxemo.checkpoints.keys import CheckpointError
 
 from jaxemo import params as params_lib
 from jaxemo.config import ModelConfig
 
 
-def convert(
-    where: str,
-    config: ModelConfig,
-    table: Sequence[Row],
-    shapes: Mapping[str, tuple[int, ...]],
-    read: Callable[[str], np.ndarray],
-    dtype,
-    stacked: bool,
-) -> params_lib.Params:
-    """Parameters in `dtype` on the default device, layers stacked or separate.
+class Source(NamedTuple):
+    """A checkpoint that has been opened and not yet read."""
 
-    `shapes` holds every tensor of the checkpoint by name and `read` returns one as float32. Raises CheckpointError.
-    """
-    described = params_lib.describe(config)
-    source = match(where, config, table, shapes)
+    where: str  # begins every message
+    config: ModelConfig
+    table: Table
+    shapes: Mapping[str, tuple[int, ...]]  # every tensor, as NumPy orders dimensions
+    read: Callable[..., np.ndarray]  # read(name) is one's values as stored, read(name, out) fills `out` with them
+    prefixes: tuple[tuple[str, str], ...] = ()  # see families.Family
+    ignored: tuple[str, ...] = ()
 
-    def make(key) -> np.ndarray:
-        name, row = source[key]
-        array = row.transform(config, read(name))
-        leaf = described[key[0]] if len(key) == 1 else described["layers"][key[1]][key[2]]
-        if array.shape != leaf.shape:
-            raise CheckpointError(f"{where}: {name} becomes {list(array.shape)}, the model needs {list(leaf.shape)}")
-        return np.array(array, dtype=dtype, order="C")  # always a copy: never an alias of a mapped file
+
+Key = tuple[str, int]  # a weight's name and layer; layer -1 for those that are not in a layer
+
+
+def load(source: Source, dtype, stacked: bool) -> params_lib.Params:
+    """Parameters in `dtype` on the default device, layers stacked or separate. Raises CheckpointError."""
+    described, found = params_lib.describe(source.config), match(source)
+    layer = described["layers"][0]
+
+    def fill(out: np.ndarray, key: Key) -> None:
+        """Read the weight `key` into `out`, which has its shape."""
+        entry, names = found[key]
+        for i, name in enumerate(names):
+            part = out[i] if "{x}" in entry.source else out
+            if entry.transform is same and source.shapes[name] == part.shape:
+                source.read(name, part)
+                continue
+            try:
+                array = entry.transform(source.config, source.read(name))
+            except (ValueError, IndexError) as error:
+                if isinstance(error, CheckpointError):
+                    raise
+                raise CheckpointError(
+                    f"{source.where}: {name} of shape {list(source.shapes[name])} does not fit this model: {error}"
+                ) from error
+            if not regroups(array.shape, part.shape):
+                raise CheckpointError(f"{source.where}: {name} of shape {list(source.shapes[name])} becomes "
+                                      f"{list(array.shape)}, the model needs {list(part.shape)}")  # fmt: skip
+            part[...] = array.reshape(part.shape)
+
+    def one(name: str, leaf: params_lib.Leaf, i: int) -> jax.Array:
+        out = aligned_empty(leaf.shape, params_lib.dtype_of(leaf, dtype))
+        fill(out, (name, i))
+        return jax.device_put(out)
 
     with concurrent.futures.ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
-        single = {
-            name: pool.submit(lambda n: jax.device_put(make((n,))), name) for name in described if name != "layers"
-        }
+        single = {n: pool.submit(one, n, leaf, -1) for n, leaf in described.items() if n != "layers"}
         layers: Any
         if stacked:
             layers = {}
-            for weight, leaf in described["layers"][0].items():
-                whole = np.empty((config.n_layers, *leaf.shape), dtype)
-                for i, array in enumerate(pool.map(lambda i, w=weight: make(("layers", i, w)), range(config.n_layers))):
-                    whole[i] = array
-                layers[weight] = jax.device_put(whole)
+            for name, leaf in layer.items():
+                whole = aligned_empty((source.config.n_layers, *leaf.shape), params_lib.dtype_of(leaf, dtype))
+                list(pool.map(lambda i, n=name, w=whole: fill(w[i], (n, i)), range(source.config.n_layers)))
+                layers[name] = jax.device_put(whole)
         else:
-
-            def one_layer(i):
-                return {w: jax.device_put(make(("layers", i, w))) for w in described["layers"][i]}
-
-            layers = tuple(pool.map(one_layer, range(config.n_layers)))
+            layers = tuple(
+                pool.map(lambda i: {n: one(n, leaf, i) for n, leaf in layer.items()}, range(source.config.n_layers))
+            )
         out = {"layers": layers, **{name: array.result() for name, array in single.items()}}
     return jax.block_until_ready(out)
 
 
-def match(where: str, config: ModelConfig, table: Sequence[Row], shapes: Mapping[str, tuple[int, ...]]):
-    """{weight key: (tensor name, row)}: every tensor used once and every weight filled once, else CheckpointError."""
-    wanted: set[tuple] = {(name,) for name in params_lib.describe(config) if name != "layers"}
-    wanted |= {("layers", i, w) for i, layer in enumerate(params_lib.describe(config)["layers"]) for w in layer}
-    patterns = [(re.compile(re.escape(row.source).replace(r"\{i\}", r"(\d+)")), row) for row in table]
-    found: dict[tuple, tuple[str, Row]] = {}
-    faults = []
-    for name in shapes:
-        hits = [(m, row) for pattern, row in patterns if (m := pattern.fullmatch(name))]
-        if len(hits) != 1:
-            faults.append(
-                f"tensor {name} is not known" if not hits else f"tensor {name} matches {len(hits)} table rows"
-            )
-            continue
-        m, row = hits[0]
-        key = (row.target[0], int(m[1]), row.target[1]) if m.groups() else row.target
-        if key not in wanted:
-            faults.append(f"tensor {name} has no place in a model of {config.n_layers} layers")
-        elif key in found:
-            faults.append(f"tensors {found[key][0]} and {name} are the same weight")
+def aligned_empty(shape: tuple[int, ...], dtype) -> np.ndarray:
+    """Memory that a CPU device takes over as it is, without a second copy (it wants 64-byte alignment)."""
+    size = math.prod(shape) * np.dtype(dtype).itemsize
+    raw = np.empty(size + 64, np.uint8)
+    start = -raw.ctypes.data % 64
+    return raw[start : start + size].view(dtype).reshape(shape)
+
+
+def regroups(stored: tuple[int, ...], wanted: tuple[int, ...]) -> bool:
+    """Whether one shape is the other with neighbouring dimensions split or joined: `[D, N·H]` and `[D, N, H]`."""
+    a, b = (set(itertools.accumulate(shape, lambda x, y: x * y)) for shape in (stored, wanted))
+    return math.prod(stored) == math.prod(wanted) and (a <= b or b <= a)
+
+
+def match(source: Source) -> dict[Key, tuple[Entry, list[str]]]:
+    """For every weight, its table entry and the tensors it is read from; CheckpointError unless all are used."""
+    shapes = {_plain(name, source.prefixes): name for name in source.shapes}
+    ignored = re.compile("|".join(source.ignored) or r"(?!)")
+    left = {name for name in shapes if not ignored.fullmatch(name)}
+    faults = [] if len(shapes) == len(source.shapes) else ["two tensors have one name but for a prefix"]
+    config, described = source.config, params_lib.describe(source.config)
+    wanted = [(name, -1) for name in described if name != "layers"]
+    wanted += [(name, i) for i in range(config.n_layers) for name in described["layers"][0]]
+
+    found: dict[Key, tuple[Entry, list[str]]] = {}
+    for name, i in wanted:
+        entry, names = None, []
+        options = source.table[name]
+        for entry in (options,) if isinstance(options, Entry) else options:
+            first = entry.source.replace("{i}", str(i))
+            names = [first.replace("{x}", str(x)) for x in range(config.n_experts)] if "{x}" in first else [first]
+            if names[0] in shapes:
+                break
         else:
-            found[key] = (name, row)
-    for key in sorted(wanted - set(found), key=str):
-        by_target = {row.target: row.source for row in table}
-        name = by_target[key].format() if len(key) == 1 else by_target[key[0], key[2]].format(i=key[1])
-        faults.append(f"tensor {name} is missing")
+            entry = options if isinstance(options, Entry) else options[0]
+        missing = [n for n in names if n not in shapes]
+        faults += [f"tensor {n} is missing" for n in missing]
+        left -= set(names)
+        found[name, i] = entry, [shapes.get(n, n) for n in names]
+        if len(faults) > 100:
+            break
+    if config.tie_embeddings and isinstance(entry := source.table.get("unembed"), Entry) and entry.source in left:
+        # Written out all the same by some; then it must be what the model will use.
+        embed = source.table["embed"]
+        assert isinstance(embed, Entry)
+        a, b = (source.read(shapes[n]) if n in shapes else None for n in (entry.source, embed.source))
+        if a is not None and b is not None and np.array_equal(a, b):
+            left.discard(entry.source)
+        else:
+            faults.append(f"tensor {entry.source} differs from the embedding, which the configuration ties it to")
+            left.discard(entry.source)
+    faults += [f"tensor {name} is not known" for name in sorted(left)]
     if faults:
         more = f"; and {len(faults) - 8} more" if len(faults) > 8 else ""
-        raise CheckpointError(f"{where}: " + "; ".join(faults[:8]) + more)
+        raise CheckpointError(f"{source.where}: " + "; ".join(faults[:8]) + more)
     return found
+
+
+def _plain(name: str, prefixes: tuple[tuple[str, str], ...]) -> str:
+    """The name as the table has it."""
+    for theirs, ours in prefixes:
+        if name.startswith(theirs):
+            return ours + name.removeprefix(theirs)
+    return name
 
 
 def as_dtype(dtype) -> np.dtype:

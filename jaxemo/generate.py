@@ -45,6 +45,7 @@ class State:
     tokens: jax.Array  # [B, N]
     logprobs: jax.Array  # [B, N]
     lengths: jax.Array  # [B] tokens before the stop token
+    whole: jax.Array  # [B] how long the row can get: its prompt and the room
     scores: Any  # [B, N, E], or None where nothing is read
     cache: model.Cache
 
@@ -97,7 +98,8 @@ def prefill(
     """Read prompts `ids [B, T]` and sample the first token; the cache gets T + `room` positions."""
     B, T = ids.shape
     cache = model.init_cache(config, B, T + room, params["embed"].dtype, params_lib.is_stacked(params))
-    x, cache, _ = model.forward(config, params, ids, cache=cache, interventions=interventions)
+    whole = lengths + room
+    x, cache, _ = model.forward(config, params, ids, cache=cache, interventions=interventions, lengths=whole)
     last = jnp.take_along_axis(x, (lengths - 1)[:, None, None], axis=1)[:, 0]
     token, logprob = sample(model.unembed(config, params, last), sampling, lengths)
     scores = None if probes is None else jnp.zeros((B, room, probes.layers.directions.shape[1]), jnp.float32)
@@ -110,6 +112,7 @@ def prefill(
         tokens=jnp.zeros((B, room), jnp.int32),
         logprobs=jnp.zeros((B, room), jnp.float32),
         lengths=jnp.zeros(B, jnp.int32),
+        whole=whole,
         scores=scores,
         cache=cache,
     )
@@ -134,7 +137,9 @@ def decode(
 
     def step(s: State) -> State:
         done = s.done | (s.token[:, None] == stop).any(-1)
-        x, cache, captured = model.forward(config, params, s.token[:, None], s.position, s.cache, interventions, probes)
+        x, cache, captured = model.forward(
+            config, params, s.token[:, None], s.position, s.cache, interventions, probes, s.whole
+        )
         token, logprob = sample(model.unembed(config, params, x[:, 0]), sampling, s.position + 1)
         scores = s.scores
         if captured is not None:
@@ -149,6 +154,7 @@ def decode(
             tokens=s.tokens.at[:, s.step].set(jnp.where(done, 0, s.token)),
             logprobs=s.logprobs.at[:, s.step].set(jnp.where(done, 0, s.logprob)),
             lengths=s.lengths + ~done,
+            whole=s.whole,
             scores=scores,
             cache=cache,
         )

@@ -48,8 +48,8 @@ class Output:
 class Reading:
     """Scores of texts on named directions.
 
-    `scores [B, T, E]` at one layer or `[L, B, T, E]` at all, 0 on padding; `pooled` the means over each text's tokens,
-    `[B, E]` or `[L, B, E]`; `tokens` the text of every token; `names` the directions.
+    `scores [B, T, E]` at one layer or `[L, B, T, E]` at all, 0 on padding; `pooled` the means over each text's tokens or
+    the selected ones, `[B, E]` or `[L, B, E]`; `tokens` the text of every token; `names` the directions.
     """
 
     names: tuple[str, ...] = flax.struct.field(pytree_node=False)
@@ -74,7 +74,7 @@ class Generation:
 
 @functools.partial(jax.jit, static_argnames=("config", "logits"))
 def _forward(config, params, ids, lengths, interventions, probes, logits):
-    x, _, captured = model.forward(config, params, ids, interventions=interventions, probes=probes)
+    x, _, captured = model.forward(config, params, ids, interventions=interventions, probes=probes, lengths=lengths)
     if logits is None:
         return Output(None, captured)
     if logits == "last":
@@ -83,8 +83,8 @@ def _forward(config, params, ids, lengths, interventions, probes, logits):
 
 
 @functools.partial(jax.jit, static_argnames="config")
-def _logprobs(config, params, ids, interventions):
-    x, _, _ = model.forward(config, params, ids, interventions=interventions)
+def _logprobs(config, params, ids, lengths, interventions):
+    x, _, _ = model.forward(config, params, ids, interventions=interventions, lengths=lengths)
 
     def one_row(row):  # row by row: all logits at once would be B * T * V floats
         x, following = row
@@ -114,9 +114,12 @@ class LanguageModel:
             raise ValueError("this model has no tokenizer; give token ids [B, T] instead of texts")
         return self._tokenizer
 
-    def tokenize(self, texts_or_chats) -> TokenBatch:
-        """Texts or chats (one or several) as right-padded rows; a chat ends where the assistant's answer begins."""
-        return tokens_lib.pad(tokens_lib.encode(self.tokenizer, texts_or_chats))
+    def tokenize(self, texts_or_chats, add_generation_prompt: bool = True) -> TokenBatch:
+        """Texts or chats (one or several) as right-padded rows, which know where the turns of chats lie.
+
+        A chat ends where the assistant's answer begins, or as it does without the generation prompt.
+        """
+        return tokens_lib.pad(tokens_lib.encode(self.tokenizer, texts_or_chats, add_generation_prompt))
 
     def _batch(self, inputs) -> TokenBatch:
         if not isinstance(inputs, TokenBatch) and not hasattr(inputs, "ndim"):
@@ -150,20 +153,36 @@ class LanguageModel:
         """Log-probability `[B, T]` of every token given those before it (0 for the first; padding is meaningless)."""
         batch = self._batch(batch)
         interventions = None if steering is None else steering_lib.resolve(self.config, steering, batch)
-        return _logprobs(self.config, self.params, batch.ids, interventions)
+        return _logprobs(self.config, self.params, batch.ids, batch.lengths, interventions)
 
-    def read(self, texts, vectors: Directions, layer: int | None = None, steering: SteeringArg = None) -> Reading:
-        """Project every token's residual stream, after block `layer` (all layers if None), on `vectors`' directions."""
+    def read(
+        self,
+        texts,
+        vectors: Directions,
+        layer: int | None = None,
+        steering: SteeringArg = None,
+        tokens: tokens_lib.Selection = "all",
+    ) -> Reading:
+        """Project every token's residual stream, after block `layer` (all layers if None), on `vectors`' directions.
+
+        `tokens` are those that each row's `pooled` is the mean over: any selection, such as "user" or "before_answer".
+        """
         batch = self._batch(texts)
+        lengths = np.asarray(batch.lengths)
+        position = np.arange(batch.ids.shape[1])
+        pool = np.zeros(batch.ids.shape, bool)
+        for row, turns in enumerate(tokens_lib.turns_of(batch)):
+            for start, stop in tokens_lib.spans(tokens, int(lengths[row]), turns=turns, row=row):
+                pool[row] |= (start <= position) & (position < min(stop, lengths[row]))
         wanted = {"resid_post": "all" if layer is None else [layer]}
         out = self.forward(batch, steering, Capture(scores=wanted, directions=vectors.directions), logits=None)
         assert out.captured is not None
-        real = np.arange(batch.ids.shape[1]) < np.asarray(batch.lengths)[:, None]
+        real = position < lengths[:, None]
         scores = np.where(real[..., None], np.asarray(out.captured.scores["resid_post"]), 0)
-        pooled = scores.sum(2) / np.asarray(batch.lengths)[:, None]
-        words = [[self._token(i) for i in row[:n]] for row, n in zip(batch.ids, batch.lengths, strict=True)]
+        pooled = np.where(pool[..., None], scores, 0).sum(2) / pool.sum(1)[:, None]
+        words = [[self._token(i) for i in row[:n]] for row, n in zip(batch.ids, lengths, strict=True)]
         one = layer is not None
-        return Reading(tuple(vectors.names), words, np.asarray(batch.lengths), scores[0] if one else scores,
+        return Reading(tuple(vectors.names), words, lengths, scores[0] if one else scores,
                        pooled[0] if one else pooled)  # fmt: skip
 
     def _token(self, index) -> str:
@@ -325,13 +344,14 @@ def _sampling(rows: int, temperature, top_k, top_p, min_p, seed) -> generate.Sam
 
 
 def load(model: str | os.PathLike, dtype=None, stacked: bool | None = None) -> LanguageModel:
-    """A LanguageModel from a registry name (fetched on first use) or the path of a `.gguf` file.
+    """A LanguageModel from a registry name (fetched on first use), a Hugging Face directory, or a `.gguf` file.
 
     `dtype` is float32 or bfloat16, by default float32 on CPU and bfloat16 on accelerators. `stacked` chooses the layer
-    layout (see `jaxemo.params`): by default separate on CPU and stacked on accelerators. Raises ValueError for a name that
-    means nothing, FileNotFoundError, or CheckpointError where a file is not understood.
+    layout (see `jaxemo.params`): by default separate on CPU and stacked on accelerators. A directory without a tokenizer
+    loads; only calls that need text raise then. Raises FileNotFoundError for a name that means nothing and
+    CheckpointError where a file is not understood.
     """
-    from jaxemo.checkpoints import convert, gguf
+    from jaxemo.checkpoints import convert, loading
 
     on_cpu = jax.default_backend() == "cpu"
     dtype = convert.as_dtype(dtype or ("float32" if on_cpu else "bfloat16"))
@@ -339,9 +359,9 @@ def load(model: str | os.PathLike, dtype=None, stacked: bool | None = None) -> L
     path = checkpoints.pull(name) if name in checkpoints.REGISTRY else pathlib.Path(name)
     if not path.exists():
         raise FileNotFoundError(
-            f"{name!r} is neither a registered model ({', '.join(checkpoints.REGISTRY)}) nor a file"
+            f"{name!r} is neither a registered model ({', '.join(checkpoints.REGISTRY)}) nor a file or directory"
         )
-    if path.suffix != ".gguf":
-        raise ValueError(f"{name!r}: only registered models and .gguf files can be loaded")
-    config, params, tokenizer = gguf.load(path, dtype, not on_cpu if stacked is None else stacked)
-    return LanguageModel(config, params, tokenizer, source=name)
+    source, tokenizer = loading.open_model(path)
+    return LanguageModel(
+        source.config, convert.load(source, dtype, not on_cpu if stacked is None else stacked), tokenizer, name
+    )

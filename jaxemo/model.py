@@ -1,8 +1,10 @@
 """The transformer: one layer function, one forward pass. Read it from top to bottom.
 
 A forward pass takes three trees of arrays: weights, interventions (what to add, remove or clamp) and probes (what to
-measure); see `steering` and `capture`. Nothing about an experiment is compiled in. Sequences are right-padded and
-attention is causal, so padding never reaches a real token; position and cache slot of a token are the same number.
+measure); see `steering` and `capture`. Nothing about an experiment is compiled in. Every model family is this one
+program: `config` holds its constants, and a norm, a bias or a gate is applied where the weights have one (see
+`params.describe`). Sequences are right-padded and attention is causal, so padding never reaches a real token; position
+and cache slot of a token are the same number.
 """
 
 import functools
@@ -11,11 +13,12 @@ from typing import Any
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from jaxemo import capture, steering
 from jaxemo import params as params_lib
-from jaxemo.config import ModelConfig
+from jaxemo.config import ModelConfig, Rope
 
 MASKED = -1e30  # a finite stand-in for -inf: a row whose keys are all masked stays free of NaN
 
@@ -42,64 +45,172 @@ def einsum(spec: str, x: jax.Array, w: jax.Array, out=None) -> jax.Array:
     return jnp.einsum(spec, x, w, precision=precision, preferred_element_type=out or x.dtype)
 
 
-def rms_norm(x: jax.Array, gain: jax.Array, eps: float) -> jax.Array:
-    """RMSNorm over the last axis, in float32 (Zhang and Sennrich 2019)."""
+def project(spec: str, x: jax.Array, weights, name: str) -> jax.Array:
+    """`x` times the weight `name`, plus its bias where it has one."""
+    y = einsum(spec, x, weights[name])
+    return y + weights[f"{name}_bias"].astype(y.dtype) if f"{name}_bias" in weights else y
+
+
+def norm(config: ModelConfig, x: jax.Array, weights, name: str) -> jax.Array:
+    """The norm `name` over as many last axes as its gain has, in float32; x itself where the model has no such norm.
+
+    RMSNorm (Zhang and Sennrich 2019) or LayerNorm (Ba, Kiros and Hinton 2016).
+    """
+    if name not in weights:
+        return x
+    axes = tuple(range(-weights[name].ndim, 0))
     x32 = x.astype(jnp.float32)
-    x32 = x32 * lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + eps)
-    return (x32 * gain.astype(jnp.float32)).astype(x.dtype)
+    if config.norm == "layer":
+        x32 = x32 - jnp.mean(x32, axes, keepdims=True)
+    y = x32 * lax.rsqrt(jnp.mean(jnp.square(x32), axes, keepdims=True) + config.norm_eps) * weights[name]
+    return (y + weights[f"{name}_bias"] if f"{name}_bias" in weights else y).astype(x.dtype)
 
 
-def rope_angles(config: ModelConfig, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Cosine and sine `[B, T, 1, H/2]` of the rotary angles at absolute `positions [B, T]` (Su et al. 2021)."""
-    frequency = config.rope_theta ** (-jnp.arange(0, config.head_dim, 2, dtype=jnp.float32) / config.head_dim)
+def softcap(x: jax.Array, cap: float) -> jax.Array:
+    return cap * jnp.tanh(x / cap) if cap else x
+
+
+def rope_angles(rope: Rope | None, dim: int, positions: jax.Array, lengths: jax.Array) -> jax.Array:
+    """Cosine and sine `[2, B, T, 1, R/2]` at absolute `positions [B, T]`, for rows of `lengths [B]`; see `Rope`."""
+    if rope is None:
+        angle = jnp.zeros((*positions.shape, 1, dim // 2), jnp.float32)
+        return jnp.stack([jnp.cos(angle), jnp.sin(angle)])
+    exponent = np.arange(0, dim, 2) / dim
+    if rope.dynamic != 1:
+        beyond = jnp.maximum(lengths, rope.original)[:, None, None, None] / rope.original
+        growth = (rope.dynamic * beyond - (rope.dynamic - 1)) ** (dim / (dim - 2))
+        frequency = (rope.theta * growth) ** -jnp.asarray(exponent, jnp.float32)
+    else:
+        frequency = jnp.asarray(rope.theta**-exponent / rope.factors, jnp.float32)
+    if rope.long_factors:
+        longer = jnp.asarray(rope.theta**-exponent / rope.long_factors, jnp.float32)
+        frequency = jnp.where((lengths > rope.original)[:, None, None, None], longer, frequency)
     angle = positions[:, :, None, None].astype(jnp.float32) * frequency
-    return jnp.cos(angle), jnp.sin(angle)
+    return jnp.stack([jnp.cos(angle), jnp.sin(angle)]) * rope.scale
 
 
-def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """Rotate the pairs (i, i + H/2) of `x [B, T, heads, H]`."""
-    a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
+def rotate(x: jax.Array, rotation: jax.Array | None) -> jax.Array:
+    """Rotate the pairs (i, i + R/2) of the first R dimensions of `x [B, T, heads, H]`."""
+    if rotation is None:
+        return x
+    cos, sin = rotation
+    half = cos.shape[-1]
+    a, b, rest = jnp.split(x.astype(jnp.float32), (half, 2 * half), axis=-1)
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin, rest], axis=-1).astype(x.dtype)
 
 
-def attention(config: ModelConfig, weights, x, rotation, past, start):
+def attention(config: ModelConfig, weights, x, positions, rotation, window, past):
     """Causal grouped-query attention of `x [B, T, D]` over itself and over `past`, the cached keys and values.
 
-    `past` is None or a pair `[B, S, K, H]` of which row b's first `start[b]` positions count. Returns the output
-    `[B, T, D]` and the new keys and values `[B, T, K, H]`.
+    `past` is None or a pair `[B, S, K, H]` of which row b's positions before `positions[b, 0]` count. `window` is None
+    or how many tokens back a token sees. Returns the output `[B, T, D]` and the new keys and values `[B, T, K, H]`.
     """
     B, T, _ = x.shape
     K, G, H = config.n_kv_heads, config.n_heads // config.n_kv_heads, config.head_dim
-    q = rotate(einsum("btd,dnh->btnh", x, weights["wq"]), *rotation).reshape(B, T, K, G, H)
-    k = rotate(einsum("btd,dkh->btkh", x, weights["wk"]), *rotation)
-    v = einsum("btd,dkh->btkh", x, weights["wv"])
+    q = rotate(norm(config, project("btd,dnh->btnh", x, weights, "wq"), weights, "q_norm"), rotation)
+    k = rotate(norm(config, project("btd,dkh->btkh", x, weights, "wk"), weights, "k_norm"), rotation)
+    v = project("btd,dkh->btkh", x, weights, "wv")
+    q = q.reshape(B, T, K, G, H)
 
-    logits = einsum("btkgh,bskh->bkgts", q, k, jnp.float32) * H**-0.5
-    logits = jnp.where(jnp.tril(jnp.ones((T, T), bool)), logits, MASKED)
-    if past is None:
-        mixed = einsum("bkgts,bskh->btkgh", jax.nn.softmax(logits).astype(v.dtype), v)
-    else:
-        past_k, past_v = past
-        S = past_k.shape[1]
-        seen = jnp.arange(S) < start[:, None, None, None, None]
-        past_logits = jnp.where(seen, einsum("btkgh,bskh->bkgts", q, past_k, jnp.float32) * H**-0.5, MASKED)
-        p = jax.nn.softmax(jnp.concatenate([past_logits, logits], axis=-1)).astype(v.dtype)
-        mixed = einsum("bkgts,bskh->btkgh", p[..., :S], past_v) + einsum("bkgts,bskh->btkgh", p[..., S:], v)
-    return einsum("btnh,nhd->btd", mixed.reshape(B, T, K * G, H), weights["wo"]), (k, v)
+    def scores(keys, at, seen):
+        """Logits `[B, K, G, T, S]` against `keys [B, S, K, H]` that lie at positions `at [B, S]`."""
+        if window is not None:
+            seen = seen & (positions[:, :, None] - at[:, None, :] < window)
+        logits = einsum("btkgh,bskh->bkgts", q, keys, jnp.float32) * (config.attn_scale or H**-0.5)
+        return jnp.where(seen[:, None, None], softcap(logits, config.attn_softcap), MASKED)
+
+    parts = [scores(k, positions, jnp.tril(jnp.ones((1, T, T), bool)))]
+    values = [v]
+    if past is not None:
+        at = jnp.arange(past[0].shape[1])[None]
+        parts.insert(0, scores(past[0], at, (at < positions[:, :1])[:, None]))
+        values.insert(0, past[1])
+    if config.attn_sinks:
+        parts.append(jnp.broadcast_to(weights["sinks"].reshape(K, G, 1, 1), (B, K, G, T, 1)))
+    p = jax.nn.softmax(jnp.concatenate(parts, axis=-1)).astype(v.dtype)
+    bounds = np.cumsum([part.shape[-1] for part in parts])[:-1]
+    # The sinks' share of p has no values to mix.
+    mixed = sum(einsum("bkgts,bskh->btkgh", p, v) for p, v in zip(jnp.split(p, bounds, axis=-1), values, strict=False))
+    return project("btnh,nhd->btd", mixed.reshape(B, T, K * G, H), weights, "wo"), (k, v)
 
 
-def mlp(weights, x):
-    """SwiGLU feed-forward (Shazeer 2020)."""
-    return einsum("btf,fd->btd", jax.nn.silu(einsum("btd,df->btf", x, weights["w_gate"])) *
-                  einsum("btd,df->btf", x, weights["w_up"]), weights["w_down"])  # fmt: skip
+# How an MLP's hidden units are made from its one or two projections.
+ACTIVATIONS = {
+    "silu": jax.nn.silu,
+    "gelu": functools.partial(jax.nn.gelu, approximate=False),
+    "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
+    "relu": jax.nn.relu,
+    "relu_squared": lambda x: jnp.square(jax.nn.relu(x)),
+    "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
+}
+
+
+def mlp(config: ModelConfig, weights, x, matmul=project):
+    """Feed-forward network, gated (Shazeer 2020) or plain. `matmul` multiplies with a weight and adds its bias."""
+    activation = ACTIVATIONS[config.activation]
+    up = matmul("...d,df->...f", x, weights, "w_up")
+    if not config.gated:
+        return matmul("...f,fd->...d", activation(up), weights, "w_down")
+    gate = matmul("...d,df->...f", x, weights, "w_gate")
+    if config.glu_limit:
+        gate, up = jnp.minimum(gate, config.glu_limit), jnp.clip(up, -config.glu_limit, config.glu_limit) + 1
+    return matmul("...f,fd->...d", activation(gate) * up, weights, "w_down")
+
+
+def experts(config: ModelConfig, weights, x):
+    """Mixture of experts: each token goes through the `n_active` MLPs its router scores highest; none is dropped.
+
+    The pairs of token and expert are sorted by expert, so that each expert's tokens lie together.
+    """
+    B, T, D = x.shape
+    flat = x.reshape(B * T, D)
+    p = jax.nn.softmax(project("nd,dx->nx", flat.astype(jnp.float32), weights, "router"))
+    p, chosen = lax.top_k(p, config.n_active)
+    if config.normalise_router:
+        p = p / p.sum(-1, keepdims=True)
+    order = jnp.argsort(chosen.reshape(-1))
+    token, expert = order // config.n_active, chosen.reshape(-1)[order]
+    matmul = functools.partial(grouped, expert, jnp.bincount(expert, length=config.n_experts))
+    out = mlp(config, weights, flat[token], matmul)
+    out = out.astype(jnp.float32) * p.reshape(-1)[order, None]
+    return jnp.zeros((B * T, D), jnp.float32).at[token].add(out).astype(x.dtype).reshape(B, T, D)
+
+
+def grouped(expert, counts, _spec, x, weights, name):
+    """Row i of `x [n, in]` times the matrix `[X, in, out][expert[i]]`; `expert [n]` is sorted, `counts [X]` its counts."""
+    w, precision = weights[name], lax.Precision.HIGHEST if x.dtype == jnp.float32 else lax.Precision.DEFAULT
+
+    def blocks(x, w):  # XLA:CPU would multiply every row with every expert
+        n, X, b = len(x), len(counts), 32
+        ends = jnp.cumsum(counts)
+        first = jnp.cumsum(-(-counts // b)) - (-(-counts // b))  # each expert's first block
+        block = jnp.arange(n // b + min(n, X))
+        which = jnp.minimum(jnp.searchsorted(first, block, side="right") - 1, X - 1)
+        rows = (ends - counts)[which][:, None] + (block - first[which])[:, None] * b + jnp.arange(b)
+        rows = jnp.where(rows < ends[which][:, None], rows, n)  # n: no row
+
+        def one(_, inputs):
+            rows, which = inputs
+            return None, jnp.dot(x.at[rows].get(mode="fill", fill_value=0), w[which], precision=precision)
+
+        _, y = lax.scan(one, None, (rows, which))
+        return jnp.zeros((n, w.shape[-1]), x.dtype).at[rows].set(y, mode="drop")
+
+    y = lax.platform_dependent(
+        x, w, cpu=blocks, default=lambda x, w: lax.ragged_dot(x, w, counts.astype(jnp.int32), precision=precision)
+    )
+    return y + weights[f"{name}_bias"][expert].astype(y.dtype) if f"{name}_bias" in weights else y
 
 
 @functools.partial(jax.jit, static_argnums=0)  # traced once for all layers when they are separate
-def layer(config: ModelConfig, weights, x, rotation, past, start):
-    """One pre-norm block. Returns what it adds to the residual stream, by attention and by MLP, and its keys/values."""
-    attn_out, kv = attention(config, weights, rms_norm(x, weights["attn_norm"], config.norm_eps), rotation, past, start)
-    mlp_out = mlp(weights, rms_norm(x + attn_out, weights["mlp_norm"], config.norm_eps))
-    return attn_out, mlp_out, kv
+def layer(config: ModelConfig, weights, x, positions, rotation, window, past):
+    """One block. Returns what it adds to the residual stream, by attention and by MLP, and its keys and values."""
+    attn_in = norm(config, x, weights, "attn_norm")
+    attn_out, kv = attention(config, weights, attn_in, positions, rotation, window, past)
+    attn_out = norm(config, attn_out, weights, "attn_post_norm") * config.residual_scale
+    mlp_in = norm(config, x if config.parallel else x + attn_out, weights, "mlp_norm")
+    mlp_out = (experts if config.n_experts else mlp)(config, weights, mlp_in)
+    return attn_out, norm(config, mlp_out, weights, "mlp_post_norm") * config.residual_scale, kv
 
 
 def write_cache(cache: Cache, index, kv, start) -> Cache:
@@ -129,12 +240,15 @@ def forward(
     cache: Cache | None = None,
     interventions: steering.Interventions | None = None,
     probes: capture.Probes | None = None,
+    lengths: jax.Array | None = None,
 ) -> tuple[jax.Array, Any, Any]:
     """Run `tokens [B, T]` through all layers; `unembed` turns the returned residual stream into logits.
 
     Without `start`, row b's tokens begin at position 0 and a `cache`, if given, is filled. With `start [B]`, they
-    begin at position `start[b]` and attend to the cache below it. Returns the residual stream after the last layer
-    `[B, T, D]`, the cache, and what `probes` asked for (a `Captured`); None for what was not given.
+    begin at position `start[b]` and attend to the cache below it. `lengths [B]` are the rows' whole lengths, with what
+    may still be generated, which some rotary embeddings depend on (see `Rope`); by default the room there is. Returns the
+    residual stream after the last layer `[B, T, D]`, the cache, and what `probes` asked for (a `Captured`); None for
+    what was not given.
     """
     fresh = start is None
     if cache is None and not fresh:
@@ -142,13 +256,20 @@ def forward(
     B, T = tokens.shape
     begin = jnp.zeros(B, jnp.int32) if start is None else start
     positions = begin[:, None] + jnp.arange(T)
-    rotation = rope_angles(config, positions)
+    if lengths is None:
+        lengths = jnp.full(B, T if cache is None else jax.tree.leaves(cache)[0].shape[-3])
+    kinds, pattern = config.attention, np.array(config.pattern or [0] * config.n_layers)
+    dim = next((kind.rope.dim for kind in kinds if kind.rope), 0)
+    rotations = jnp.stack([rope_angles(kind.rope, dim, positions, lengths) for kind in kinds]) if dim else None
+    windows = np.array([kind.window or np.iinfo(np.int32).max for kind in kinds], np.int32)
+    windowed = any(kind.window for kind in kinds)
 
     def block(carry, inputs):
         x, cache, captured = carry
-        index, weights, intervention, probe = inputs
+        index, kind, weights, intervention, probe = inputs
         past = None if fresh else (cache.k[index], cache.v[index])
-        attn_out, mlp_out, kv = layer(config, weights, x, rotation, past, begin)
+        rotation, window = rotations[kind] if dim else None, jnp.asarray(windows)[kind] if windowed else None
+        attn_out, mlp_out, kv = layer(config, weights, x, positions, rotation, window, past)
         after = x + attn_out + mlp_out
         steered = after if interventions is None else steering.apply(interventions, intervention, after, positions)
         if probes is not None:
@@ -164,7 +285,9 @@ def forward(
             cache = write_cache(cache, index, kv, begin)
         return (steered, cache, captured), None
 
-    x = params["embed"][tokens]
+    x = params["embed"][tokens] * config.embed_scale
+    if config.learned_positions:
+        x = x + params["pos_embed"][positions]
     captured = None if probes is None else capture.init(config, probes, x)
     per_layer = (
         None if interventions is None else interventions.layers,
@@ -172,14 +295,17 @@ def forward(
     )
     carry = (x, cache, captured)
     if params_lib.is_stacked(params):
-        carry, _ = lax.scan(block, carry, (jnp.arange(config.n_layers), params["layers"], *per_layer))
+        carry, _ = lax.scan(block, carry, (jnp.arange(config.n_layers), pattern, params["layers"], *per_layer))
     else:
         for i, weights in enumerate(params["layers"]):
-            carry, _ = block(carry, (i, weights, *jax.tree.map(lambda leaf, i=i: leaf[i], per_layer)))
+            carry, _ = block(carry, (i, pattern[i], weights, *jax.tree.map(lambda leaf, i=i: leaf[i], per_layer)))
     return carry
 
 
 def unembed(config: ModelConfig, params: params_lib.Params, x: jax.Array) -> jax.Array:
     """Logits, float32 `[..., V]`, of a residual stream `x [..., D]` (also the logit lens)."""
-    x = rms_norm(x, params["final_norm"], config.norm_eps)
-    return einsum("...d,vd->...v", x, params["embed" if config.tie_embeddings else "unembed"], jnp.float32)
+    x = norm(config, x, params, "final_norm")
+    logits = einsum("...d,vd->...v", x, params["embed" if config.tie_embeddings else "unembed"], jnp.float32)
+    if "unembed_bias" in params:
+        logits = logits + params["unembed_bias"].astype(jnp.float32)
+    return softcap(logits * config.logit_scale, config.logit_softcap)

@@ -28,32 +28,61 @@ class Leaf:
 
     shape: tuple[int, ...]
     axes: tuple[str, ...]
-    fan_in: int = 0  # 0: initialised to ones (norm gains)
+    fan_in: int = 0  # 0: initialised to the constant `fill`
+    fill: float = 1.0
+    exact: bool = False  # kept in float32 whatever the model's type: a few numbers that everything passes through
 
 
 def describe(config: ModelConfig) -> Params:
-    """The tree of `Leaf`s of a model, layers separate. Projections are stored `[in, out]`, heads split out."""
-    D, N, K, H, F, V = (
-        config.d_model, config.n_heads, config.n_kv_heads, config.head_dim, config.d_ff, config.vocab_size,
-    )  # fmt: skip
+    """The tree of `Leaf`s of a model, layers separate. Projections are stored `[in, out]`, heads split out.
+
+    A model is what stands here: the forward pass applies a norm, a bias or a gate where there is one.
+    """
+    size = {
+        "embed": config.d_model, "heads": config.n_heads, "kv_heads": config.n_kv_heads, "head_dim": config.head_dim,
+        "ff": config.d_ff, "vocab": config.vocab_size, "experts": config.n_experts, "positions": config.max_positions,
+    }  # fmt: skip
+
+    def leaf(*axes: str, **kwargs) -> Leaf:
+        return Leaf(tuple(size[axis] for axis in axes), axes, **kwargs)
+
+    def norm(name: str, *axes: str) -> Params:
+        bias = {f"{name}_bias": leaf(*axes, fill=0.0, exact=True)} if "norm" in config.biases else {}
+        return {name: leaf(*axes, exact=True), **bias}
+
+    def projection(name: str, inputs: tuple[str, ...], outputs: tuple[str, ...], many=(), exact=False) -> Params:
+        fan_in = math.prod(size[axis] for axis in inputs)
+        bias = {f"{name}_bias": leaf(*many, *outputs, fill=0.0, exact=exact)} if name in config.biases else {}
+        return {name: leaf(*many, *inputs, *outputs, fan_in=fan_in, exact=exact), **bias}
+
+    embed, ff, many = ("embed",), ("ff",), ("experts",) if config.n_experts else ()
     layer = {
-        "attn_norm": Leaf((D,), ("embed",)),
-        "wq": Leaf((D, N, H), ("embed", "heads", "head_dim"), D),
-        "wk": Leaf((D, K, H), ("embed", "kv_heads", "head_dim"), D),
-        "wv": Leaf((D, K, H), ("embed", "kv_heads", "head_dim"), D),
-        "wo": Leaf((N, H, D), ("heads", "head_dim", "embed"), N * H),
-        "mlp_norm": Leaf((D,), ("embed",)),
-        "w_gate": Leaf((D, F), ("embed", "ff"), D),
-        "w_up": Leaf((D, F), ("embed", "ff"), D),
-        "w_down": Leaf((F, D), ("ff", "embed"), F),
+        **projection("wq", embed, ("heads", "head_dim")),
+        **projection("wk", embed, ("kv_heads", "head_dim")),
+        **projection("wv", embed, ("kv_heads", "head_dim")),
+        **projection("wo", ("heads", "head_dim"), embed),
+        **(projection("router", embed, many, exact=True) if many else {}),
+        **(projection("w_gate", embed, ff, many) if config.gated else {}),
+        **projection("w_up", embed, ff, many),
+        **projection("w_down", ff, embed, many),
     }
-    tree: Params = {
-        "embed": Leaf((V, D), ("vocab", "embed"), D),
-        "layers": tuple(dict(layer) for _ in range(config.n_layers)),
-        "final_norm": Leaf((D,), ("embed",)),
-    }
+    for name in config.norms:
+        layer |= norm(name, "embed")
+    if config.qk_norm:
+        layer["q_norm"], layer["k_norm"] = {
+            "head": (leaf("head_dim", exact=True), leaf("head_dim", exact=True)),
+            "all": (leaf("heads", "head_dim", exact=True), leaf("kv_heads", "head_dim", exact=True)),
+        }[config.qk_norm]
+    if config.attn_sinks:
+        layer["sinks"] = leaf("heads", fill=0.0, exact=True)
+    tree: Params = {"embed": leaf("vocab", "embed", fan_in=config.d_model), **norm("final_norm", "embed")}
+    if config.learned_positions:
+        tree["pos_embed"] = leaf("positions", "embed", fan_in=config.d_model)
     if not config.tie_embeddings:
-        tree["unembed"] = Leaf((V, D), ("vocab", "embed"), D)
+        tree["unembed"] = leaf("vocab", "embed", fan_in=config.d_model)
+    if "unembed" in config.biases:
+        tree["unembed_bias"] = leaf("vocab", fill=0.0)
+    tree["layers"] = tuple(dict(layer) for _ in range(config.n_layers))
     return tree
 
 
@@ -61,15 +90,20 @@ def is_leaf(node) -> bool:
     return isinstance(node, Leaf)
 
 
+def dtype_of(leaf: Leaf, dtype):
+    return jnp.float32 if leaf.exact else dtype
+
+
 def init(config: ModelConfig, seed: int = 0, dtype=jnp.float32) -> Params:
-    """Random weights, layers separate: normal with variance 1/fan_in, norm gains one."""
+    """Random weights, layers separate: normal with variance 1/fan_in, norm gains one, biases zero."""
     leaves, treedef = jax.tree.flatten(describe(config), is_leaf=is_leaf)
     keys = jax.random.split(jax.random.key(seed), len(leaves))
 
     def make(leaf: Leaf, key):
+        kind = dtype_of(leaf, dtype)
         if not leaf.fan_in:
-            return jnp.ones(leaf.shape, dtype)
-        return (jax.random.normal(key, leaf.shape, jnp.float32) / math.sqrt(leaf.fan_in)).astype(dtype)
+            return jnp.full(leaf.shape, leaf.fill, kind)
+        return (jax.random.normal(key, leaf.shape, jnp.float32) / math.sqrt(leaf.fan_in)).astype(kind)
 
     return jax.tree.unflatten(treedef, [make(leaf, key) for leaf, key in zip(leaves, keys, strict=True)])
 

@@ -33,14 +33,16 @@ def make_model(seed=0, dtype="float32", stacked=False, tokenizer=None, **changes
 
     Norm gains are not one, so that a gain in the wrong place shows.
     """
-    config = jaxemo.ModelConfig(**{**CONFIG, **changes})
+    sizes = {**CONFIG, **changes}
+    rope = jaxemo.config.Rope(sizes["head_dim"], sizes.pop("theta", 10000.0))
+    config = jaxemo.ModelConfig(**{"attention": (jaxemo.config.Attention(rope),), **sizes})
     rng = np.random.default_rng(seed)
 
     def make(leaf: params_lib.Leaf):
         values = (
             rng.standard_normal(leaf.shape) / np.sqrt(leaf.fan_in) if leaf.fan_in else rng.uniform(0.5, 1.5, leaf.shape)
         )
-        return jnp.asarray(values.astype(dtype))
+        return jnp.asarray(values.astype(params_lib.dtype_of(leaf, dtype)))
 
     params = jax.tree.map(make, params_lib.describe(config), is_leaf=params_lib.is_leaf)
     return jaxemo.LanguageModel(config, params_lib.stack(params) if stacked else params, tokenizer, source="tiny")

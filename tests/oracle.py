@@ -93,8 +93,8 @@ def forward(config, params, ids, acts: Sequence[Act] = (), keep_norm=False, roun
         for t in range(T):
             x = rounded(rms_norm(residual[t], w["attn_norm"], config.norm_eps))
             project = lambda name, x=x, w=w: rounded(np.tensordot(x, w[name], 1))  # noqa: E731
-            queries.append([rounded(rotate(head, t, config.rope_theta)) for head in project("wq")])
-            keys.append([rounded(rotate(head, t, config.rope_theta)) for head in project("wk")])
+            queries.append([rounded(rotate(head, t, config.attention[0].rope.theta)) for head in project("wq")])
+            keys.append([rounded(rotate(head, t, config.attention[0].rope.theta)) for head in project("wk")])
             values.append(project("wv"))
         attn_outs, mlp_outs, steered, dose = [], [], [], []
         for t in range(T):

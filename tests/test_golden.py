@@ -131,8 +131,12 @@ def test_a_stop_token_ends_a_row_and_only_that_row():
 
 def _changed(config, params, what):
     layers = params["layers"]
-    if what in ("rope_theta", "norm_eps"):
-        return dataclasses.replace(config, **{what: getattr(config, what) * 1.5}), params
+    if what == "norm_eps":
+        return dataclasses.replace(config, norm_eps=config.norm_eps * 1.5), params
+    if what == "rope_theta":
+        rope = config.attention[0].rope
+        other = jaxemo.config.Attention(dataclasses.replace(rope, theta=rope.theta * 1.5))
+        return dataclasses.replace(config, attention=(other,)), params
     swap = {"k_halves_swapped": ("wk", lambda w: np.roll(w, w.shape[-1] // 2, axis=-1)),
             "q_still_permuted": ("wq", lambda w: w.reshape(*w.shape[:2], 2, -1).swapaxes(2, 3).reshape(w.shape)),
             "heads_reversed": ("wo", lambda w: w[::-1])}  # fmt: skip

@@ -50,7 +50,7 @@ def test_float32_agrees_with_the_oracle(either, weights, close, k_of):
     "changes",
     [
         {"n_kv_heads": 4, "tie_embeddings": False},  # multi-head attention
-        {"n_kv_heads": 1, "head_dim": 12, "rope_theta": 500000.0},  # multi-query, H other than D / N
+        {"n_kv_heads": 1, "head_dim": 12, "theta": 500000.0},  # multi-query, H other than D / N
         {"n_heads": 6, "n_kv_heads": 2, "tie_embeddings": False, "norm_eps": 0.1, "d_ff": 20},
         {"n_layers": 1, "n_heads": 1, "n_kv_heads": 1, "head_dim": 2},
     ],
@@ -253,7 +253,14 @@ def test_wrong_weights_are_all_named(tiny):
 
 @pytest.mark.parametrize(
     ("changes", "message"),
-    [({"d_ff": 0}, "d_ff is 0"), ({"n_kv_heads": 3}, "n_kv_heads=3"), ({"head_dim": 7}, "head_dim=7 is odd")],
+    [
+        ({"d_ff": 0}, "d_ff is 0"),
+        ({"n_kv_heads": 3}, "n_kv_heads=3"),
+        ({"head_dim": 7}, "heads of 7"),
+        ({"pattern": (0, 1, 0)}, "pattern"),
+        ({"pattern": (0,)}, "pattern"),
+        ({"n_active": 2}, "2 of 0 experts"),
+    ],
 )
 def test_impossible_configurations_are_refused(tiny, changes, message):
     with pytest.raises(ValueError, match=message):

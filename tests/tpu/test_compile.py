@@ -11,10 +11,11 @@ import pytest
 from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 
+from jaxemo.config import Attention, Rope
 from jaxemo import Capture, ModelConfig, Steering, TokenBatch, capture, generate, model, params, steering
 
-SMOLLM2 = ModelConfig("llama", 49152, 576, 30, 9, 3, 64, 1536, 8192, rope_theta=1e5)
-LLAMA_8B = ModelConfig("llama", 128256, 4096, 32, 32, 8, 128, 14336, 8192, rope_theta=5e5, tie_embeddings=False)
+SMOLLM2 = ModelConfig("llama", 49152, 576, 30, 9, 3, 64, 1536, 8192, attention=(Attention(Rope(64, 1e5)),))
+LLAMA_8B = ModelConfig("llama", 128256, 4096, 32, 32, 8, 128, 14336, 8192, False, (Attention(Rope(128, 5e5)),))
 MEMORY = {"v5e:2x2": 16 << 30, "v6e:2x2": 32 << 30}  # bytes of HBM a chip
 B, T, ROOM, E = 8, 256, 64, 171
 
