@@ -20,6 +20,8 @@ from jaxemo.checkpoints.keys import CheckpointError
 
 from jaxemo import params as params_lib
 from jaxemo.config import ModelConfig
+from jaxemo.quantise import PROJECTIONS, Quantised
+from jaxemo.quantise import quantise as quantise_weight
 
 
 class Source(NamedTuple):
@@ -37,35 +39,37 @@ class Source(NamedTuple):
 Key = tuple[str, int]  # a weight's name and layer; layer -1 for those that are not in a layer
 
 
-def load(source: Source, dtype, stacked: bool) -> params_lib.Params:
-    """Parameters in `dtype` on the default device, layers stacked or separate. Raises CheckpointError."""
+def load(source: Source, dtype, stacked: bool, quantise: str | None = None) -> params_lib.Params:
+    """Parameters in `dtype` on the default device, layers stacked or separate, their projections perhaps quantised.
+
+    Every weight is read straight into the memory that the device takes over. Raises CheckpointError.
+    """
     described, found = params_lib.describe(source.config), match(source)
-    layer = described["layers"][0]
+    layer, L = described["layers"][0], source.config.n_layers
 
-    def fill(out: np.ndarray, key: Key) -> None:
-        """Read the weight `key` into `out`, which has its shape."""
-        entry, names = found[key]
-        for i, name in enumerate(names):
-            part = out[i] if "{x}" in entry.source else out
-            if entry.transform is same and source.shapes[name] == part.shape:
-                source.read(name, part)
-                continue
-            try:
-                array = entry.transform(source.config, source.read(name))
-            except (ValueError, IndexError) as error:
-                if isinstance(error, CheckpointError):
-                    raise
-                raise CheckpointError(
-                    f"{source.where}: {name} of shape {list(source.shapes[name])} does not fit this model: {error}"
-                ) from error
-            if not regroups(array.shape, part.shape):
-                raise CheckpointError(f"{source.where}: {name} of shape {list(source.shapes[name])} becomes "
-                                      f"{list(array.shape)}, the model needs {list(part.shape)}")  # fmt: skip
-            part[...] = array.reshape(part.shape)
+    def empty(name: str, leaf: params_lib.Leaf, lead: tuple[int, ...] = ()):
+        """Memory for a weight, or for `lead` of them."""
+        if quantise and name in PROJECTIONS:
+            form = pack(np.zeros(leaf.shape, np.float32), leaf)
+            return jax.tree.map(lambda a: aligned_empty((*lead, *a.shape), a.dtype), form)
+        return aligned_empty((*lead, *leaf.shape), params_lib.dtype_of(leaf, dtype))
 
-    def one(name: str, leaf: params_lib.Leaf, i: int) -> jax.Array:
-        out = aligned_empty(leaf.shape, params_lib.dtype_of(leaf, dtype))
-        fill(out, (name, i))
+    def pack(w: np.ndarray, leaf: params_lib.Leaf) -> Quantised:
+        inner = leaf.shape[1:] if leaf.axes[0] == "experts" else leaf.shape
+        return quantise_weight(w, leaf.fan_in, inner, quantise or "")
+
+    def fill(out, name: str, leaf: params_lib.Leaf, i: int) -> None:
+        """Read a weight of layer i into `out`, which has its form."""
+        if not isinstance(out, Quantised):
+            read_into(source, out, *found[name, i])
+            return
+        w = np.empty(leaf.shape, np.float32)
+        read_into(source, w, *found[name, i])
+        jax.tree.map(lambda a, b: np.copyto(a, b), out, pack(w, leaf))
+
+    def one(name: str, leaf: params_lib.Leaf, i: int):
+        out = empty(name, leaf)
+        fill(out, name, leaf, i)
         return jax.device_put(out)
 
     with concurrent.futures.ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
@@ -73,16 +77,37 @@ def load(source: Source, dtype, stacked: bool) -> params_lib.Params:
         layers: Any
         if stacked:
             layers = {}
-            for name, leaf in layer.items():
-                whole = aligned_empty((source.config.n_layers, *leaf.shape), params_lib.dtype_of(leaf, dtype))
-                list(pool.map(lambda i, n=name, w=whole: fill(w[i], (n, i)), range(source.config.n_layers)))
-                layers[name] = jax.device_put(whole)
+            for n, leaf in layer.items():
+                whole = empty(n, leaf, (L,))
+                rows = [jax.tree.map(lambda a, i=i: a[i], whole) for i in range(L)]
+                list(pool.map(fill, rows, [n] * L, [leaf] * L, range(L)))
+                layers[n] = jax.device_put(whole)
         else:
-            layers = tuple(
-                pool.map(lambda i: {n: one(n, leaf, i) for n, leaf in layer.items()}, range(source.config.n_layers))
-            )
+            layers = tuple(pool.map(lambda i: {n: one(n, leaf, i) for n, leaf in layer.items()}, range(L)))
         out = {"layers": layers, **{name: array.result() for name, array in single.items()}}
     return jax.block_until_ready(out)
+
+
+def read_into(source: Source, out: np.ndarray, entry: Entry, names: list[str]) -> None:
+    """Read the tensors `names` of one weight, transformed as its table entry says, into `out`."""
+    for i, name in enumerate(names):
+        part = out[i] if "{x}" in entry.source else out
+        stored = list(source.shapes[name])
+        if entry.transform is same and tuple(stored) == part.shape:
+            source.read(name, part)
+            continue
+        try:
+            array = entry.transform(source.config, source.read(name))
+        except (ValueError, IndexError) as error:
+            if isinstance(error, CheckpointError):
+                raise
+            raise CheckpointError(
+                f"{source.where}: {name} of shape {stored} does not fit this model: {error}"
+            ) from error
+        if not regroups(array.shape, part.shape):
+            raise CheckpointError(f"{source.where}: {name} of shape {stored} becomes {list(array.shape)}, the model needs "
+                                  f"{list(part.shape)}")  # fmt: skip
+        part[...] = array.reshape(part.shape)
 
 
 def aligned_empty(shape: tuple[int, ...], dtype) -> np.ndarray:

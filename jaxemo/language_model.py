@@ -343,11 +343,14 @@ def _sampling(rows: int, temperature, top_k, top_p, min_p, seed) -> generate.Sam
     )
 
 
-def load(model: str | os.PathLike, dtype=None, stacked: bool | None = None) -> LanguageModel:
+def load(
+    model: str | os.PathLike, dtype=None, stacked: bool | None = None, quantise: Literal["int8", "int4"] | None = None
+) -> LanguageModel:
     """A LanguageModel from a registry name (fetched on first use), a Hugging Face directory, or a `.gguf` file.
 
     `dtype` is float32 or bfloat16, by default float32 on CPU and bfloat16 on accelerators. `stacked` chooses the layer
-    layout (see `jaxemo.params`): by default separate on CPU and stacked on accelerators. A directory without a tokenizer
+    layout (see `jaxemo.params`): by default separate on CPU and stacked on accelerators. `quantise` holds the layers'
+    projections in 8 or 4 bits (see `jaxemo.quantise`). A directory without a tokenizer
     loads; only calls that need text raise then. Raises FileNotFoundError for a name that means nothing and
     CheckpointError where a file is not understood.
     """
@@ -362,6 +365,5 @@ def load(model: str | os.PathLike, dtype=None, stacked: bool | None = None) -> L
             f"{name!r} is neither a registered model ({', '.join(checkpoints.REGISTRY)}) nor a file or directory"
         )
     source, tokenizer = loading.open_model(path)
-    return LanguageModel(
-        source.config, convert.load(source, dtype, not on_cpu if stacked is None else stacked), tokenizer, name
-    )
+    params = convert.load(source, dtype, not on_cpu if stacked is None else stacked, quantise)
+    return LanguageModel(source.config, params, tokenizer, name)

@@ -19,6 +19,7 @@ from jax import lax
 from jaxemo import capture, steering
 from jaxemo import params as params_lib
 from jaxemo.config import ModelConfig, Rope
+from jaxemo.quantise import full
 
 MASKED = -1e30  # a finite stand-in for -inf: a row whose keys are all masked stays free of NaN
 
@@ -40,9 +41,9 @@ def init_cache(config: ModelConfig, rows: int, positions: int, dtype, stacked: b
 
 
 def einsum(spec: str, x: jax.Array, w: jax.Array, out=None) -> jax.Array:
-    """A matrix product in the type of its operands; float32 means float32 on every device, not TF32 or bfloat16."""
+    """A matrix product in the type of `x`; float32 means float32 on every device, not TF32 or bfloat16."""
     precision = lax.Precision.HIGHEST if x.dtype == jnp.float32 else lax.Precision.DEFAULT
-    return jnp.einsum(spec, x, w, precision=precision, preferred_element_type=out or x.dtype)
+    return jnp.einsum(spec, x, full(w, x.dtype), precision=precision, preferred_element_type=out or x.dtype)
 
 
 def project(spec: str, x: jax.Array, weights, name: str) -> jax.Array:
@@ -178,7 +179,7 @@ def experts(config: ModelConfig, weights, x):
 
 def grouped(expert, counts, _spec, x, weights, name):
     """Row i of `x [n, in]` times the matrix `[X, in, out][expert[i]]`; `expert [n]` is sorted, `counts [X]` its counts."""
-    w, precision = weights[name], lax.Precision.HIGHEST if x.dtype == jnp.float32 else lax.Precision.DEFAULT
+    w, precision = full(weights[name], x.dtype), lax.Precision.HIGHEST if x.dtype == jnp.float32 else lax.Precision.DEFAULT
 
     def blocks(x, w):  # XLA:CPU would multiply every row with every expert
         n, X, b = len(x), len(counts), 32

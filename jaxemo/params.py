@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxemo.config import ModelConfig
+from jaxemo.quantise import Quantised
 
 Params = dict[str, Any]
 
@@ -136,7 +137,7 @@ def count(config: ModelConfig) -> int:
 def check(config: ModelConfig, params: Params) -> None:
     """Raise ValueError, naming every leaf that is missing, unexpected or of another shape than `describe` says."""
     expected, _ = jax.tree.flatten_with_path(describe(config), is_leaf=is_leaf)
-    found = dict(jax.tree.flatten_with_path(unstacked_shapes(params))[0])
+    found = dict(jax.tree.flatten_with_path(unstacked_shapes(params), is_leaf=lambda n: isinstance(n, Quantised))[0])
     faults = []
     for path, leaf in expected:
         shape = found.pop(path, None)
