@@ -248,11 +248,12 @@ def _sentencepiece(vocabulary: _Vocabulary) -> tuple[Backend, dict[str, Any]]:
         raise CheckpointError(
             f"{where}: tokenizer.ggml.scores is not one finite number for each of {len(kinds)} tokens"
         )
-    # Gemma's runs of spaces are user-defined and stored as spaces; published, they are spelled and merged like others.
-    runs = [i for i in np.flatnonzero(kinds == USER_DEFINED) if not vocabulary.tokens[i].strip(" ")]
     tokens = list(vocabulary.tokens)
-    for i in runs:
-        tokens[i] = "▁" * len(tokens[i])
+    if str(meta.get("general.architecture")).startswith("gemma"):
+        # Its runs of spaces are user-defined and stored as spaces, but published they are spelled and merged like others.
+        for i in np.flatnonzero(kinds == USER_DEFINED).tolist():
+            if not tokens[i].strip(" "):
+                tokens[i] = "▁" * len(tokens[i])
     ids = {token: i for i, token in enumerate(tokens)}
     if len(ids) < len(tokens):
         raise CheckpointError(f"{where}: a run of spaces stands in the vocabulary twice")

@@ -12,7 +12,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jaxemo.checkpoints import CheckpointError, convert, families, registry
-from jaxemo.checkpoints import gguf as gguf_lib
 
 import jaxemo
 
@@ -130,7 +129,7 @@ def test_a_truncated_file_is_refused(tmp_path_factory, share, seed):
 def test_a_file_of_something_else_is_refused(tmp_path):
     path = tmp_path / "picture.gguf"
     path.write_bytes(b"\x89PNG\r\n" + bytes(500))
-    refused(path, "not a readable GGUF file")
+    refused(path, "not a GGUF file")
 
 
 def test_what_is_neither_model_nor_file_is_named(tmp_path):
@@ -205,13 +204,6 @@ def test_pull_keeps_nothing_of_a_wrong_or_failed_download(monkeypatch, tiny):
     assert not [p for p in tiny.rglob("*") if p.is_file()]
     with pytest.raises(ValueError, match="nonsense"):
         registry.pull("nonsense")
-
-
-def test_reader_agrees_with_the_packages_own():
-    ours, theirs = gguf_lib.open_gguf(SAMPLE)[0], gguf.GGUFReader(SAMPLE)
-    assert [t.name for t in ours.tensors] == [t.name for t in theirs.tensors]
-    assert all(np.array_equal(a.data, b.data) for a, b in zip(ours.tensors, theirs.tensors, strict=True))
-    assert {k: f.contents() for k, f in ours.fields.items()} == {k: f.contents() for k, f in theirs.fields.items()}
 
 
 def test_loading_does_not_alias_the_file(tmp_path):
