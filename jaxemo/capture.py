@@ -18,7 +18,7 @@ from jax import lax
 from jaxemo import kernels
 from jaxemo.config import ModelConfig
 from jaxemo.steering import resolve_layers
-from jaxemo.tokens import Array, Selection, TokenBatch, spans
+from jaxemo.tokens import Array, Selection, TokenBatch, spans, turns_of
 
 SITES = ("resid_pre", "attn_out", "mlp_out", "resid_post")
 Layers = str | int | Sequence[int]  # "all" or layer numbers; the order given is the order returned
@@ -100,7 +100,8 @@ def resolve(config: ModelConfig, capture: Capture, batch: TokenBatch, new_tokens
     if capture.scores and (directions is None or np.ndim(directions) != 3 or directions.shape[::2] != (L, D)):
         shape = "none" if directions is None else list(np.shape(directions))
         raise ValueError(f"Capture(scores=...) needs directions [L={L}, E, D={D}], got {shape}")
-    found = [spans(capture.tokens, int(n), new_tokens) for n in np.asarray(batch.lengths)] if capture.mean else [[]]
+    rows = zip(np.asarray(batch.lengths).tolist(), turns_of(batch), strict=True) if capture.mean else ()
+    found = [spans(capture.tokens, n, new_tokens, turns, row) for row, (n, turns) in enumerate(rows)] or [[]]
     P = 4  # a power of two, so that most selections keep the shape
     while max(map(len, found)) > P:
         P *= 2

@@ -13,8 +13,9 @@ the compiled forward. New values in arrays of the same shape never recompile.
 """
 
 import dataclasses
+import functools
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.struct
@@ -23,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxemo.config import ModelConfig
-from jaxemo.tokens import Array, Selection, Span, TokenBatch, spans
+from jaxemo.tokens import Array, Selection, Span, TokenBatch, spans, turns_of
 
 ADD, SET, DAMPEN = "add", "set", "dampen"  # `set` fixes the projection: clamp, or ablate at 0
 
@@ -210,7 +211,7 @@ def resolve(
     entries = []  # (row, slot, a [L], b [L], span)
     keep_norm = np.zeros((L, B), bool)
     cache: dict[Any, list] = {}
-    for row, (spec, length) in enumerate(zip(rows, lengths, strict=True)):
+    for row, (spec, length, turns) in enumerate(zip(rows, lengths, turns_of(batch), strict=True)):
         if spec is None:
             continue
         for term in spec.terms:
@@ -219,9 +220,11 @@ def resolve(
                                  f"{L} layers of width {D} (row {row})")  # fmt: skip
             if spec.keep_norm:
                 keep_norm[:, row] |= term.active
-        key = (id(spec), length)
+        key = (id(spec), length, turns)
         if key not in cache:
-            cache[key] = _row_entries(spec, length, new_tokens)
+            cache[key] = _row_entries(
+                spec, functools.partial(spans, length=length, new_tokens=new_tokens, turns=turns, row=row)
+            )
         for directions, a, b, span in cache[key]:
             # A row may use one direction over several spans: each needs a slot of its own, which other rows share.
             copy = 0
@@ -250,11 +253,11 @@ def resolve(
     return Interventions(arrays, where)
 
 
-def _row_entries(spec: Steering, length: int, new_tokens: int):
+def _row_entries(spec: Steering, spans_of: Callable[[Selection], list[Span]]):
     """One row's (directions [L, D], a [L], b [L], span) for every slot it needs."""
     entries, fixed = [], []
     for term in spec.terms:
-        found = spans(term.tokens, length, new_tokens)
+        found = spans_of(term.tokens)
         if term.kind == SET:
             fixed += [(span, term) for span in found]
             continue

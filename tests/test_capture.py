@@ -184,3 +184,28 @@ def test_read_scores_every_token(tiny, tokenizer, weights, close, k_of):
         assert not every.scores[:, row, len(ids) :].any()
     with pytest.raises(ValueError, match="layer 3 does not exist"):
         lm.read(texts, vectors, layer=3)
+
+
+TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}{{ '<>' if add_generation_prompt }}"
+TALK = [{"role": "user", "content": "ab"}, {"role": "assistant", "content": "c"}, {"role": "user", "content": "de"}]
+
+
+def test_turns_are_read_by_name(tiny, make_tokenizer, close):
+    """Means and pooled scores over turns, against those over the tokens that spell them; plain texts have no turns."""
+    lm = jaxemo.LanguageModel(tiny.config, tiny.params, make_tokenizer(chat_template=TEMPLATE))
+    vectors = SimpleNamespace(names=("a", "b", "c", "d"), directions=DIRECTIONS, layer=1)
+    batch = lm.tokenize([TALK, TALK[:1]])
+    users = Capture(raw={"resid_post": [1]}, mean={"resid_post": [1]}, tokens="user")
+    got = lm.forward(batch, capture=users).captured
+    reading, before = lm.read(batch, vectors, layer=1, tokens="user"), lm.read(batch, vectors, tokens="before_answer")
+    text = lm.tokenizer.render(TALK)  # a token a character
+    ab, de = text.index(">ab<") + 1, text.index(">de<") + 1
+    for row, at in enumerate(([ab, ab + 1, de, de + 1], [ab, ab + 1])):
+        mean = np.asarray(got.raw["resid_post"], np.float64)[0, row, at].mean(0)
+        close(got.mean["resid_post"][0, row], mean, 16, f"mean in row {row}")
+        close(reading.pooled[row], reading.scores[row, at].mean(0), 16, f"pooled in row {row}")
+        assert np.array_equal(before.pooled[:, row], before.scores[:, row, batch.lengths[row] - 1])
+    with pytest.raises(ValueError, match=r"'user' \(row 1\).*not made from a chat"):
+        lm.read([TALK, "plain"], vectors, tokens="user")
+    with pytest.raises(ValueError, match=r"'assistant' \(row 1\).*this row has the turns user \(turn:0\)"):
+        lm.forward(batch, capture=Capture(mean={"resid_post": [1]}, tokens="assistant"))

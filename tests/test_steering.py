@@ -324,6 +324,28 @@ def test_one_compilation_for_every_value(either, compiles):
     assert compiles.count == before, f"{compiles.count - before} programs compiled"
 
 
+def test_turns_are_steered_by_name(tiny, make_tokenizer):
+    """As the positions that the names stand for, bit for bit; and a name that a row does not have is refused."""
+    template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}{{ '<>' if add_generation_prompt }}"
+    lm = jaxemo.LanguageModel(tiny.config, tiny.params, make_tokenizer(chat_template=template))
+    talk = [{"role": "user", "content": "abc"}, {"role": "assistant", "content": "d"}, {"role": "user", "content": "e"}]
+    batch = lm.tokenize([talk, talk[:1]])
+    text = lm.tokenizer.render(talk)
+    a, d, e = text.index("abc"), text.index(">d<") + 1, text.index(">e<") + 1
+
+    def same(names, positions):
+        got, want = (np.asarray(lm.forward(batch, [None if t is None else add(POOL[0], 30.0, tokens=t) for t in each]).logits)
+                     for each in (names, positions))  # fmt: skip
+        return np.array_equal(got, want) and not np.array_equal(got, np.asarray(lm.forward(batch).logits))
+
+    assert same(["user", None], [[a, a + 1, a + 2, e], None])
+    assert same(["user", "user"], [[a, a + 1, a + 2, e], [a, a + 1, a + 2]])
+    assert same(["user:-1", "turn:0"], [[e], [a, a + 1, a + 2]])
+    assert same(["assistant", "before_answer"], [[d], "last"])
+    with pytest.raises(ValueError, match=r"'assistant' \(row 1\); .*; this row has the turns user \(turn:0\)"):
+        lm.forward(batch, add(POOL[0], 1.0, tokens="assistant"))
+
+
 # ---- rule 3: what would not happen is an error -----------------------------------------------------------------------
 
 
