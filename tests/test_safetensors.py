@@ -11,7 +11,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 import safetensors.numpy
-from jaxemo.checkpoints import CheckpointError
+from jaxemo.checkpoints import CheckpointError, huggingface
 from jaxemo.checkpoints.safetensors import open_tensors, read_header
 
 
@@ -177,3 +177,103 @@ def test_what_was_read_does_not_stay_in_memory(tmp_path):
     peak = int(done.stdout.split()[0])
     print(f"{peak / 1e6:.0f} MB at the peak for {n * size / 1e6:.0f} MB of tensors")
     assert peak < 100e6
+
+
+# ---- a model's directory ----------------------------------------------------------------------------------------------
+
+
+def shards(folder, names=("a", "b", "c"), **changes):
+    """One tensor a file, and the index, in which `changes` replace entries (None leaves one out)."""
+    files = [f"model-{i + 1:05}-of-{len(names):05}.safetensors" for i in range(len(names))]
+    for name, file in zip(names, files, strict=True):
+        safetensors.numpy.save_file({name: np.zeros(3, np.float32)}, folder / file)
+    table = {**dict(zip(names, files, strict=True)), **changes}
+    index = {"metadata": {}, "weight_map": {name: file for name, file in table.items() if file is not None}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    return [folder / file for file in files]
+
+
+def refused(function, folder, *words):
+    with pytest.raises(CheckpointError) as caught:
+        function(folder)
+    for word in (str(folder), *words):
+        assert word in str(caught.value), caught.value
+
+
+def test_weight_files_of_every_layout(tmp_path):
+    files = shards(tmp_path)
+    assert huggingface.weight_files(tmp_path) == files
+    (tmp_path / "consolidated.safetensors").touch()  # another layout of the same weights, which the index leaves out
+    (tmp_path / "pytorch_model.bin").touch()
+    assert huggingface.weight_files(str(tmp_path)) == files
+    (tmp_path / "consolidated.safetensors").unlink()
+    (tmp_path / "model.safetensors.index.json").unlink()
+    assert huggingface.weight_files(tmp_path) == files
+    files[1].unlink()
+    refused(huggingface.weight_files, tmp_path, "1 files of the model are missing", files[1].name, "jaxemo pull")
+    files[2].unlink()
+    (tmp_path / "other.safetensors").touch()
+    refused(huggingface.weight_files, tmp_path, "other.safetensors", files[0].name)
+    files[0].unlink()
+    assert huggingface.weight_files(tmp_path) == [tmp_path / "other.safetensors"]
+    (tmp_path / "model.safetensors").touch()
+    assert huggingface.weight_files(tmp_path) == [tmp_path / "model.safetensors"]
+
+
+def test_an_index_that_does_not_fit_its_files_is_refused(tmp_path):
+    files = shards(tmp_path)
+    safetensors.numpy.save_file({"a": np.zeros(3), "x": np.zeros(3)}, files[0])
+    refused(
+        huggingface.weight_files, tmp_path, "'x' is in model-00001-of-00003.safetensors, the index says nothing of it"
+    )
+    shards(tmp_path, d=files[0].name)
+    refused(huggingface.weight_files, tmp_path, "disagree", "'d' is not in model-00001-of-00003")
+    shards(tmp_path, a=files[1].name, c=files[0].name)
+    refused(
+        huggingface.weight_files, tmp_path, "'a' is in model-00001-of-00003.safetensors, the index says model-00002"
+    )
+    files = shards(tmp_path)
+    files[0].unlink()
+    files[2].unlink()
+    refused(huggingface.weight_files, tmp_path, "2 files", files[0].name, files[2].name, "git lfs pull")
+    for odd in (
+        "../model-00001-of-00003.safetensors",
+        "/etc/passwd",
+        "a/b.safetensors",
+        "..",
+        "",
+        7,
+        "x.bin",
+        "c:\\a.safetensors",
+    ):
+        shards(tmp_path, a=odd)
+        refused(huggingface.weight_files, tmp_path, "tensor 'a'", "beside the index")
+    for text in ("", "[]", "{}", '{"weight_map": {}}', '{"weight_map": [1]}', '{"weight_map": {"a": "x", "a": "y"}}'):
+        (tmp_path / "model.safetensors.index.json").write_text(text)
+        refused(huggingface.weight_files, tmp_path, "model.safetensors.index.json")
+
+
+def test_pickles_are_never_read(tmp_path):
+    refused(huggingface.weight_files, tmp_path, "no .safetensors files")
+    (tmp_path / "pytorch_model.bin").write_bytes(b"never opened")
+    (tmp_path / "consolidated.00.pth").touch()
+    refused(
+        huggingface.weight_files, tmp_path, "pytorch_model.bin", "consolidated.00.pth", "never read", "save_pretrained"
+    )
+    (tmp_path / "adapter_model.safetensors").touch()
+    refused(huggingface.weight_files, tmp_path, "adapter", "merge")
+
+
+def test_a_configuration_is_read_or_refused_by_name(tmp_path):
+    refused(huggingface.read_config, tmp_path, "no config.json")
+    path = tmp_path / "config.json"
+    path.write_text('{"model_type": "llama", "x": [1, {"y": null}]}')
+    assert huggingface.read_config(tmp_path) == {"model_type": "llama", "x": [1, {"y": None}]}
+    for text in ("", "[]", "7", '{"a": 1, "a": 2}', "{" * 100_000, '{"a": ' + "[" * 100_000, '{"a": ' + "1" * 9999 + "}",
+                 '{"a": ' + "[" * 33 + "]" * 33 + "}"):  # fmt: skip
+        path.write_text(text)
+        refused(huggingface.read_config, tmp_path, "config.json")
+    path.write_bytes(b"\xff\xfe{}")
+    refused(huggingface.read_config, tmp_path, "config.json")
+    path.write_text('{"a": "' + "x" * (1 << 20) + '"}')
+    refused(huggingface.read_config, tmp_path, "config.json", "at most")
