@@ -193,7 +193,8 @@ def _round(value, precision=0, method="common"):
 
 
 def _tojson(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
-    if (isinstance(indent, int) and indent > 64) or any(len(text) > 64 for text in separators or ()):
+    by = indent if isinstance(indent, int) else len(indent or "")
+    if by > 64 or any(len(text) > 64 for text in separators or ()):
         raise _Refused("the chat template asks for JSON with very wide spaces")
     encoder = json.JSONEncoder(ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
     return _concatenated(encoder.iterencode(value))
@@ -203,7 +204,7 @@ def _check_format(form: str, values: Any) -> None:
     """Refuse widths that values or large numbers set; the rest makes each value at most once a field."""
     if re.search(r"\d{4}|\*|:[^}]*\{", form):
         raise _Refused(f"the chat template formats text with a width that is not understood: {form[:100]!r}")
-    _fit(len(form) + (form.count("%") + form.count("{")) * _weight(values))
+    _fit(len(form) + (form.count("%") + form.count("{")) * (1000 + _weight(values)))
 
 
 def _format(value, *args, **kwargs):

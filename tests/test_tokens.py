@@ -326,13 +326,15 @@ HOSTILE = [
     grow("ns.x.join(ns.x)"), grow("ns.x|join(ns.x)"), grow("'%s%s' % (ns.x, ns.x)"), grow("'{0}{0}'.format(ns.x)"),
     grow("'%s%s'|format(ns.x, ns.x)"), grow("(ns.x ~ '\\na')|indent(ns.x|length)"), grow("[ns.x, ns.x]"), grow("ns.x + ns.x", "[1]"),
     grow("(ns.x, ns.x)") + "{{ {ns.x: 1} }}", grow("{'a': ns.x, 'b': ns.x}") + "{{ ns.x|tojson }}", grow("dict(a=ns.x, b=ns.x)"),
+    f"{{% set ns = namespace(x=()) %}}{LOOP}{{% set ns.x = (ns.x,) %}}{{% if {{ns.x: 1}} %}}{{% endif %}}{END}",
     "{% set b = 'a' * 1000000 %}" + "".join(f"{{% set v{i} = b[1:] %}}" for i in range(200)),
     "{% set b = 'a' * 1000000 %}" + "".join(f"{{% set v{i} = b.upper() %}}" for i in range(200)),
     # widths
     "{{ 'x'|center(10**9) }}", "{{ 'x'.center(10**9) }}", "{{ 'x'.ljust(10**9) }}", "{{ '1'.zfill(10**9) }}",
-    "{{ '\t'.expandtabs(10**9) }}", "{{ '%1000000000d' % 1 }}", "{{ '%*d' % (10**9, 1) }}", "{{ '{:1000000000}'.format(1) }}",
+    "{{ '\t'.expandtabs(10**9) }}", "{{ '%1000000000d' % 1 }}", "{{ '%*d' % (10**9, 1) }}", "{{ ('%(a)999d' * 100000) % {'a': 1} }}",
+    "{{ ('{0:999}' * 100000).format(1) }}", "{{ '{:1000000000}'.format(1) }}",
     "{{ '{:{}}'.format(1, 10**9) }}", "{{ '{a:1000000000}'.format_map({'a': 1}) }}", "{{ 'a\n'|indent(10**9, true) }}",
-    "{{ messages|tojson(indent=10**9) }}", "{{ [1, 2]|tojson(separators=('x' * 100000, 'y')) }}", "{{ lipsum(n=10**9) }}",
+    "{{ messages|tojson(indent=10**9) }}", "{{ messages|tojson(indent='x' * 1000000) }}", "{{ [1, 2]|tojson(separators=('x' * 100000, 'y')) }}", "{{ lipsum(n=10**9) }}",
     "{{ [1]|batch(10**9, 'x')|list }}", "{{ strftime_now('%1000000000d') }}", "{{ 1.5|round(10**9, 'ceil') }}",
     "{{ (5).to_bytes(10**9) }}", "{{ raise_exception('x' * 1000000) }}",
     # what Jinja or Python cannot read
