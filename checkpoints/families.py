@@ -693,6 +693,10 @@ def config_from_hf(where: str, raw: Mapping[str, Any]) -> ModelConfig:
 
 
 def build(where: str, family: str, fields: Mapping[str, Any]) -> ModelConfig:
+    """The ModelConfig with these fields. Raises CheckpointError where there is none, or none that could be."""
+    for name, most in (("n_layers", MOST_LAYERS), ("n_experts", MOST_EXPERTS)):
+        if not 0 <= fields.get(name, 0) <= most:
+            raise CheckpointError(f"{where}: {name} {fields[name]} is more than any model has")
     try:
         config = ModelConfig(family=family, **fields)
     except (ValueError, TypeError, OverflowError) as error:

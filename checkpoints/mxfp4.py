@@ -25,10 +25,10 @@ def unpacked(where: str, shapes: Shapes, read: Read) -> tuple[Shapes, Read]:
                                   f"{scales and list(scales)} do not belong together")  # fmt: skip
         packed[name] = (blocks[0], blocks[2] * 32, blocks[1])
 
-    def read_any(name: str, out: np.ndarray | None = None) -> np.ndarray:
+    def read_any(name: str) -> np.ndarray:
         if name not in packed:
-            return read(name, out)
-        values = np.empty(packed[name], np.float32) if out is None else out
+            return read(name)
+        values = np.empty(packed[name], np.float32)
         blocks, scales = read(f"{name}_blocks"), read(f"{name}_scales")
         if blocks.dtype != np.uint8 or scales.dtype != np.uint8:
             raise CheckpointError(f"{where}: {name}_blocks and {name}_scales should hold bytes")

@@ -17,7 +17,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         _cache_compilations(not getattr(args, "no_compile_cache", False))
         return args.run(args) or 0
-    except (ValueError, FileNotFoundError, RuntimeError) as error:
+    except (ValueError, OSError, RuntimeError) as error:
         if os.environ.get("JAXEMO_DEBUG"):
             raise
         print(f"jaxemo: {error}", file=sys.stderr)
@@ -65,6 +65,15 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument(
         "--time", action="store_true", help="time loading and the first token, with a cold and a warm compile cache"
     )
+
+    sub.add_argument(
+        "--quantise", action="store_true", help="measure what holding its weights in 8 or 4 bits does to logits"
+    )
+
+    sub = command("convert", _convert, "write a model in jaxemo's own layout, which loads in one pass by memory map")
+    sub.add_argument("model", help="registry name, Hugging Face directory or .gguf file")
+    sub.add_argument("out", help="directory to write; it must not exist")
+    sub.add_argument("--dtype", default="float32", help="float32 (nothing is lost) or bfloat16 (half the size)")
 
     sub = command("generate", _generate, "answer a prompt, or chat when none is given")
     model(sub)
@@ -157,6 +166,58 @@ def _info(args):
     )
     template = "with" if lm.tokenizer.chat_template else "without"
     print(f"tokenizer of {lm.tokenizer.backend.get_vocab_size()} tokens, {template} chat template")
+
+    if args.quantise:
+        _quantised(args, lm)
+
+
+SAMPLE = (
+    "The ferry left at ten past six, with eleven passengers and a crate of lemons. By noon the wind had turned, and the "
+    "captain, who had made the crossing four hundred times, asked for the radio to be switched off.",
+    "def area(width, height):\n    if width < 0 or height < 0:\n        raise ValueError('sizes are not negative')\n"
+    "    return width * height\n",
+    "Q: Which is heavier, a litre of water or a litre of oil?\nA: A litre of water, since oil floats on it.",
+)
+
+
+def _quantised(args, lm):
+    import jax
+    import numpy as np
+
+    import jaxemo
+    from jaxemo.language_model import compare
+    from jaxemo.quantise import BITS
+
+    try:
+        batch = lm.tokenize(list(SAMPLE))
+        what = f"{int(np.sum(batch.lengths))} tokens of {len(SAMPLE)} short texts"
+    except ValueError:  # no tokenizer
+        batch = np.random.default_rng(0).integers(0, lm.config.vocab_size, (2, 64))
+        what = "128 random tokens"
+    print(f"next-token predictions against {lm.params['embed'].dtype} weights, on {what}:")
+    for kind in BITS:
+        other = jaxemo.load(args.model, dtype=args.dtype, quantise=kind)
+        size = sum(leaf.nbytes for leaf in jax.tree.leaves(other.params))
+        d = compare(lm, other, batch)
+        print(f"{kind}: {size / 1e6:.0f} MB, max |Δlogit| {d['max_logit']:.2f}, mean {d['mean_logit']:.3f}, "
+              f"KL {d['kl']:.4f} nats, same top token {d['top1']:.1%}")  # fmt: skip
+
+
+def _convert(args):
+    from tqdm import tqdm
+
+    from jaxemo import params
+    from jaxemo.checkpoints import convert, loading, registry, store
+
+    dtype = convert.as_dtype(args.dtype)
+    path = registry.pull(args.model) if args.model in registry.REGISTRY else pathlib.Path(args.model)
+    if not path.exists():
+        raise FileNotFoundError(f"{args.model!r} is neither a registered model nor a file or directory")
+    source, tokenizer = loading.open_model(path)
+    size = params.count(source.config) * dtype.itemsize
+    with tqdm(total=size, unit="B", unit_scale=True, desc="weights", mininterval=0.5) as bar:
+        store.write(source, tokenizer, pathlib.Path(args.out), dtype, bar.update)
+    print(f"{source.config.family}, {size / 1e6:.0f} MB as {dtype}, written to {args.out}; load it by that name")
 
 
 _TIMED = """

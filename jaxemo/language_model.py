@@ -343,6 +343,24 @@ def _sampling(rows: int, temperature, top_k, top_p, min_p, seed) -> generate.Sam
     )
 
 
+def compare(model: LanguageModel, other: LanguageModel, batch) -> dict[str, float]:
+    """How far apart two models' next-token predictions are on the same tokens, a batch as `forward` takes it.
+
+    `max_logit` and `mean_logit`, the largest and the mean absolute difference of logits; `kl`, the mean divergence
+    KL(model ‖ other) in nats a token; `top1`, the share of positions where the likeliest token is the same.
+    """
+    batch = model._batch(batch)
+    real = np.arange(batch.ids.shape[1]) < np.asarray(batch.lengths)[:, None]
+    a, b = (np.asarray(lm.forward(batch).logits)[real] for lm in (model, other))
+    p, q = (np.asarray(jax.nn.log_softmax(x)) for x in (a, b))
+    return {
+        "max_logit": float(np.abs(a - b).max()),
+        "mean_logit": float(np.abs(a - b).mean()),
+        "kl": float((np.exp(p) * (p - q)).sum(-1).mean()),
+        "top1": float((a.argmax(-1) == b.argmax(-1)).mean()),
+    }
+
+
 def load(
     model: str | os.PathLike, dtype=None, stacked: bool | None = None, quantise: Literal["int8", "int4"] | None = None
 ) -> LanguageModel:
