@@ -3,7 +3,7 @@
 import sys
 import unicodedata
 
-from jaxemo.checkpoints import gguf
+from jaxemo.checkpoints.gguf_tokenizer import PRE_TYPES
 from parity_texts import CHATS, varied_strings
 from tokenizers import pre_tokenizers
 
@@ -45,10 +45,9 @@ def test_chat_templates(lm, oracle_tokenizer):
 
 def test_split_of_every_character(lm, smollm_pre_tokenizer):
     """Our Regex cuts as ByteLevel(use_regex=True) does, next to a letter, digit, sign, apostrophe and white space."""
-    ours = {name: pre_tokenizers.Sequence([*parts, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
-            for name, parts in gguf.PRE_TYPES.items()}  # fmt: skip
     theirs = {"gpt-2": pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True), "smollm": smollm_pre_tokenizer}
-    assert ours.keys() == theirs.keys()
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    ours = {name: pre_tokenizers.Sequence([*PRE_TYPES[name].cut, byte_level]) for name in theirs}
     # Every assigned character but surrogates, which are no text, and a few private and unassigned ones.
     characters = [c for c in map(chr, range(sys.maxunicode + 1)) if unicodedata.category(c) not in ("Cn", "Co", "Cs")]
     characters += ["\u0378", "\ue000", "\U0010ffff"]
