@@ -16,6 +16,7 @@ from tokenizers import Tokenizer as Backend
 from jaxemo.tokens import Tokenizer
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
+MAX_PIECE = 256  # characters of a SentencePiece token, every cut of which is tried; Gemma's longest have 31
 
 # Control tokens that end an answer, whatever else the metadata names.
 END_OF_TURN = frozenset({
@@ -165,20 +166,14 @@ def build_tokenizer(where: str, meta: Mapping[str, Any]) -> Tokenizer:
     defined = [AddedToken(token, normalized=False) for token in vocabulary.of(USER_DEFINED) if token in held]
     backend.add_tokens(defined)
 
-    def index(key: str) -> int | None:
-        found = _get(where, meta, f"{key}_token_id", int, defaults.get(key, -1))
-        if f"tokenizer.ggml.{key}_token_id" in meta and not 0 <= found < len(tokens):
-            raise CheckpointError(f"{where}: tokenizer.ggml.{key}_token_id is {found}; there are {len(tokens)} tokens")
-        return found if 0 <= found < len(tokens) else None
-
-    bos, eos = index("bos"), index("eos")
+    bos, eos, eot, eom = (_index(vocabulary, key, defaults.get(key)) for key in ("bos", "eos", "eot", "eom"))
     add_bos = _get(where, meta, "add_bos_token", bool, defaults["add_bos"])
     if add_bos and bos is None:
         raise CheckpointError(f"{where}: texts are to begin with a token, but tokenizer.ggml.bos_token_id is missing")
     ends = {token for token in vocabulary.of(CONTROL) if token in END_OF_TURN}
     if {"<|return|>", "<|call|>"} <= ends:
         ends -= {"<|end|>"}  # in the Harmony format it ends a message, and the answer may go on with another one
-    stop_ids = {ids[token] for token in ends} | {eos, index("eot"), index("eom")} - {None}
+    stop_ids = {ids[token] for token in ends} | {eos, eot, eom} - {None}
     template = meta.get("tokenizer.chat_template")
     if not isinstance(template, str | None):
         raise CheckpointError(f"{where}: tokenizer.chat_template is not a text")
@@ -196,6 +191,16 @@ def _get(where: str, meta: Mapping[str, Any], key: str, kind, default: Any = _RE
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
         raise CheckpointError(f"{where}: tokenizer.ggml.{key} has the wrong type, {type(value).__name__}")
     return value
+
+
+def _index(vocabulary: _Vocabulary, key: str, default: int | None = None) -> int | None:
+    """The token id `tokenizer.ggml.<key>_token_id`, or where it is missing the default, if there is such a token."""
+    found, n = _get(vocabulary.where, vocabulary.meta, f"{key}_token_id", int, -1), len(vocabulary.tokens)
+    if f"tokenizer.ggml.{key}_token_id" not in vocabulary.meta:
+        return default if default is not None and default < n else None
+    if not 0 <= found < n:
+        raise CheckpointError(f"{vocabulary.where}: tokenizer.ggml.{key}_token_id is {found}; there are {n} tokens")
+    return found
 
 
 def _strips(vocabulary: _Vocabulary, token: str) -> bool:
@@ -257,9 +262,12 @@ def _sentencepiece(vocabulary: _Vocabulary) -> tuple[Backend, dict[str, Any]]:
     ids = {token: i for i, token in enumerate(tokens)}
     if len(ids) < len(tokens):
         raise CheckpointError(f"{where}: a run of spaces stands in the vocabulary twice")
-    backend = _merging(
-        vocabulary, ids, _best_first(tokens, kinds, scores), defaults := {"bos": 1, "eos": 2, "unknown": 0}
-    )
+    part = np.isin(kinds, (NORMAL, USER_DEFINED, UNUSED))  # not single bytes, control tokens and the unknown one
+    for i in np.flatnonzero(part).tolist():
+        if len(tokens[i]) > MAX_PIECE:
+            raise CheckpointError(f"{where}: token {i} has {len(tokens[i])} characters, more than {MAX_PIECE}")
+    defaults = {"bos": 1, "eos": 2, "unknown": 0}
+    backend = _merging(vocabulary, ids, _best_first(tokens, kinds, part, scores.astype(float)), defaults)
     if _get(where, meta, "add_space_prefix", bool, True):
         backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
         backend.decoder = decoders.Sequence([*_SPM_DECODERS, decoders.Strip(" ", 1, 0)])
@@ -275,21 +283,19 @@ _SPM_DECODERS = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders
 
 
 def _merging(vocabulary: _Vocabulary, ids, merges, defaults: Mapping[str, int]) -> Backend:
-    unknown = _get(vocabulary.where, vocabulary.meta, "unknown_token_id", int, defaults.get("unknown", -1))
-    unk_token = vocabulary.tokens[unknown] if 0 <= unknown < len(vocabulary.tokens) else None
+    unknown = _index(vocabulary, "unknown", defaults.get("unknown"))
+    unk_token = None if unknown is None else vocabulary.tokens[unknown]
     backend = Backend(models.BPE(ids, merges, unk_token=unk_token, fuse_unk=True, byte_fallback=True))
     backend.normalizer = normalizers.Replace(" ", "▁")
     backend.decoder = decoders.Sequence(_SPM_DECODERS)
     return backend
 
 
-def _best_first(tokens: Sequence[str], kinds: np.ndarray, scores: np.ndarray) -> list[tuple[str, str]]:
+def _best_first(tokens: Sequence[str], kinds: np.ndarray, part: np.ndarray, scores: np.ndarray):
     """Every pair of tokens that joins into a token: best score of the whole first, then longest left half first.
 
-    Tokens for one byte, control tokens and the unknown one take no part; user-defined ones come before all others, as
-    they are never cut.
+    Only tokens that `part` says take part. User-defined ones come before all others, as they are never cut.
     """
-    part = np.isin(kinds, (NORMAL, USER_DEFINED, UNUSED))
     halves = {tokens[i] for i in np.flatnonzero(part).tolist()}
     merges: list[tuple[str, str]] = []
     append = merges.append

@@ -181,6 +181,12 @@ BPE = meta_of("gpt-2")["tokenizer.ggml.tokens"]
         ("plain", {"remove_extra_whitespaces": True}, ["remove_extra_whitespaces"]),
         ("plain", {"scores": None}, ["tokenizer.ggml.scores is missing"]),
         ("plain", {"scores": [1.0]}, ["scores"]),
+        ("plain", {"unknown_token_id": 1000}, ["unknown_token_id", "1000"]),
+        (
+            "plain",
+            {"tokens": ["x" * 300, *map(str, range(999))], "token_type": [1] * 1000},
+            ["token 0", "300 characters"],
+        ),
         ("plain", {"scores": np.full(1000, np.nan)}, ["scores"]),
     ],
 )
