@@ -179,6 +179,9 @@ def tokenizer(directory: Path) -> Tokenizer | None:
     if "eos_token" not in named:  # GPT-2 names it in config.json alone
         found = _ids(directory / "config.json", config, "eos_token_id")
         eos = found[0] if found and backend.id_to_token(found[0]) is not None else None
+    if bos is not None and len(prefix) == 1 and bos != prefix[0]:
+        raise CheckpointError(f"{path}: texts are to begin with {backend.id_to_token(prefix[0])!r}, but the bos_token is "
+                              f"{backend.id_to_token(bos)!r}")  # fmt: skip
     stop = {eos} - {None}
     for name, table in (("config.json", config), ("generation_config.json", beside("generation_config.json"))):
         inner = table.get("text_config")
@@ -201,9 +204,6 @@ def tokenizer(directory: Path) -> Tokenizer | None:
     )
     if isinstance(made, _Prefixed):
         made.prefix = prefix
-    elif prefix and made.bos != prefix[0]:
-        raise CheckpointError(f"{path}: texts are to begin with {backend.id_to_token(prefix[0])!r}, but the bos_token is "
-                              f"{backend.id_to_token(bos)!r}")  # fmt: skip
     return made
 
 

