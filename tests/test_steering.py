@@ -342,8 +342,13 @@ def test_turns_are_steered_by_name(tiny, make_tokenizer):
     assert same(["user", "user"], [[a, a + 1, a + 2, e], [a, a + 1, a + 2]])
     assert same(["user:-1", "turn:0"], [[e], [a, a + 1, a + 2]])
     assert same(["assistant", "before_answer"], [[d], "last"])
+    batch = lm.tokenize([talk, [talk[2], talk[1], talk[0]]])  # as long as each other, with turns elsewhere
+    assert batch.lengths[0] == batch.lengths[1]
+    one = np.asarray(lm.forward(batch, add(POOL[0], 30.0, tokens="user:0")).logits)
+    two = np.asarray(lm.forward(batch, [add(POOL[0], 30.0, tokens=at) for at in ([a, a + 1, a + 2], [a])]).logits)
+    assert np.array_equal(one, two)
     with pytest.raises(ValueError, match=r"'assistant' \(row 1\); .*; this row has the turns user \(turn:0\)"):
-        lm.forward(batch, add(POOL[0], 1.0, tokens="assistant"))
+        lm.forward([talk, talk[:1]], add(POOL[0], 1.0, tokens="assistant"))
 
 
 # ---- rule 3: what would not happen is an error -----------------------------------------------------------------------

@@ -316,6 +316,7 @@ HOSTILE = [
     "{% for x in [1] recursive %}{{ loop([1, 1]) }}{% endfor %}",
     "{% block a %}{{ self.a() }}{% endblock %}",
     "{% set a, b = 'a' * 500000 + 'b', 'a' * 1000000 %}" + "{% if a in b %}{% endif %}" * 400,
+    f"{{% set r = range(99999) %}}{LOOP.replace('range(99999)', 'r') * 2}{END * 2}",
     "{% set u = 2**61 - 1 %}{{ range(0, u * 60000, u)|unique|list }}",
     # large numbers
     "{% for i in range(10**9) %}{% endfor %}", "{{ 10**(10**9) }}", "{{ 2**4000 * 2**4000 }}", "{{ 9" + "9" * 9999 + " }}",
@@ -450,8 +451,8 @@ def test_a_turns_tokens_say_its_content(contents, system, prompt, template, name
         assert role == turn["role"]
         if start < 0:
             assert template in ("forgetful", "json")
-        elif start == stop:
-            assert not turn["content"].strip()
+        elif start == stop or not turn["content"]:
+            assert start == stop and not turn["content"].strip()
         else:
             assert plain(turn["content"].strip()) in plain(tokenizer.decode(ids[start:stop], skip_special=False))
             inner = plain(tokenizer.decode(ids[start + 1 : stop - 1], skip_special=False)).strip("�")
@@ -538,6 +539,24 @@ def test_places_that_cannot_be_verified_are_unknown():
     # Without a generation prompt the place before such an answer is unknown too.
     ids = family("think").encode_chat(thoughts, add_generation_prompt=False)
     assert ids.turns[-1] == ("before_answer", ids.turns[-2].start, ids.turns[-2].start)
+
+
+@pytest.mark.parametrize(
+    ("write", "place"),
+    [
+        (lambda text: f"<{text}>", (1, 4)),
+        (lambda text: f"<{text.strip()}>", (1, 2)),
+        (lambda text: f"{len(text)}<{text}>", templates.CHANGED),  # before it, as long as it would be
+        (lambda text: f"<{text}>{len(text)}", templates.CHANGED),  # after it
+        (lambda text: f"<{text}>" if len(text) > 3 else "<", templates.CHANGED),  # before and after overlap
+        (lambda text: f"<{text.upper()}>", templates.LEFT_OUT),
+        (lambda text: f"<{text}{text}>", templates.REPEATED),
+        (lambda text: f"<{text.replace('b', 'd')}>", templates.CHANGED),
+    ],
+)
+def test_a_place_is_verified_on_both_sides(write, place):
+    chat = [{"role": "user", "content": " b "}]
+    assert templates.contents(lambda chat: write(chat[0]["content"]), chat, write(" b ")) == [place]
 
 
 def test_thoughts_that_are_dropped_are_no_part_of_a_turn():
