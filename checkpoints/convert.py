@@ -147,6 +147,10 @@ def match(source: Source) -> dict[Key, tuple[Entry, list[str]]]:
             entry = options if isinstance(options, Entry) else options[0]
         missing = [n for n in names if n not in shapes]
         faults += [f"tensor {n} is missing" for n in missing]
+        leaf = described[name] if i < 0 else described["layers"][i][name]
+        stored = [source.shapes[shapes[n]] for n in names if n in shapes]
+        if not missing and sum(map(math.prod, stored)) < math.prod(leaf.shape):  # before any memory is asked for
+            faults.append(f"tensor {names[0]} of shape {list(stored[0])} is too small: the model needs {list(leaf.shape)}")
         left -= set(names)
         found[name, i] = entry, [shapes.get(n, n) for n in names]
         if len(faults) > 100:

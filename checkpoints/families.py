@@ -272,9 +272,9 @@ def _attention(
     given = k("rope_parameters", None) or {}
     if not isinstance(given, dict):
         raise k.fault("rope_parameters", "expected a table")
-    partial = k.number("partial_rotary_factor", k.number("rotary_pct", partial))
-    theta = k.number("rope_theta", k.number("rotary_emb_base", theta))
-    local = k.number("rope_local_base_freq", local_theta)
+    partial = k.positive("partial_rotary_factor", k.positive("rotary_pct", partial))
+    theta = k.positive("rope_theta", k.positive("rotary_emb_base", theta))
+    local = k.positive("rope_local_base_freq", local_theta)
     original = k.whole("original_max_position_embeddings", None)
     scaling = k("rope_scaling", None) or {}
 
@@ -293,7 +293,7 @@ def _attention(
             mine = {**mine, "original_max_position_embeddings": original}
         if "short_factor" in mine:  # LongRoPE has had other names
             mine = {**mine, "rope_type": "longrope", "type": None}
-        share = Keys(k.where, mine, "rope scaling").number("partial_rotary_factor", partial)
+        share = Keys(k.where, mine, "rope scaling").positive("partial_rotary_factor", partial)
         dim = int(head_dim * share)
         if not 2 <= dim <= head_dim or dim % 2:
             raise CheckpointError(f"{k.where}: {share} of heads of {head_dim} dimensions cannot be rotated in pairs")
@@ -348,7 +348,7 @@ def _llama(
         "head_dim": H,
         "d_ff": k.whole("intermediate_size"),
         "tie_embeddings": k.flag("tie_word_embeddings", tied),
-        "norm_eps": k.number("rms_norm_eps", eps),
+        "norm_eps": k.positive("rms_norm_eps", eps),
         "activation": k.one_of(act, ACTIVATIONS, "silu"),
         "biases": tuple(biases),
         **_attention(k, H, **attention),
@@ -469,7 +469,7 @@ def _gemma2(k: Keys, version: int = 2) -> dict[str, Any]:
         fields["qk_norm"] = "head"
     return fields | {
         "norms": ("attn_norm", "attn_post_norm", "mlp_norm", "mlp_post_norm"),
-        "attn_scale": k.number("query_pre_attn_scalar", 256.0) ** -0.5,
+        "attn_scale": k.positive("query_pre_attn_scalar", 256.0) ** -0.5,
         "attn_softcap": cap,
         "logit_softcap": logit_cap,
         "embed_scale": fields["d_model"] ** 0.5,
@@ -514,7 +514,7 @@ def _granite(k: Keys) -> dict[str, Any]:
         "embed_scale": k.number("embedding_multiplier", 1.0),
         "residual_scale": k.number("residual_multiplier", 1.0),
         "attn_scale": k.number("attention_multiplier", 1.0),
-        "logit_scale": 1 / k.number("logits_scaling", 1.0),
+        "logit_scale": 1 / k.positive("logits_scaling", 1.0),
     }
 
 
@@ -543,7 +543,7 @@ def _cohere2(k: Keys) -> dict[str, Any]:
                     no_rope=lambda i, kind: kind == FULL)  # fmt: skip
     return fields | {
         "norm": "layer",
-        "norm_eps": k.number("layer_norm_eps", 1e-5),
+        "norm_eps": k.positive("layer_norm_eps", 1e-5),
         "parallel": True,
         "logit_scale": k.number("logit_scale", 0.0625),
     }
@@ -553,7 +553,7 @@ def _phi(k: Keys) -> dict[str, Any]:
     k.insist("qk_layernorm", False)
     fields = _llama(k, partial=0.5)
     biases = ("norm", "wq", "wk", "wv", "wo", "w_up", "w_down", "unembed")
-    eps = k.number("layer_norm_eps", 1e-5)
+    eps = k.positive("layer_norm_eps", 1e-5)
     return fields | {"norm": "layer", "norm_eps": eps, "parallel": True, "gated": False, "biases": biases}
 
 
@@ -564,7 +564,7 @@ def _starcoder2(k: Keys) -> dict[str, Any]:
     k.ignore("activation_function", "attention_softmax_in_fp32", "layer_norm_epsilon", "scale_attn_weights",
              "scale_attention_softmax_in_fp32")  # fmt: skip
     fields = _llama(k, n_kv_heads=2, tied=True, types=_all_slide)
-    eps = k.number("norm_epsilon", 1e-5)
+    eps = k.positive("norm_epsilon", 1e-5)
     return fields | {"norm": "layer", "norm_eps": eps, "gated": False, "biases": ("norm", *biases)}
 
 
@@ -579,7 +579,7 @@ def _gpt2(k: Keys) -> dict[str, Any]:
         "vocab_size": k.whole("vocab_size"), "d_model": D, "n_layers": L, "n_heads": N, "n_kv_heads": N, "head_dim": D // N,
         "d_ff": k.whole("n_inner", 4 * D), "max_positions": P, "learned_positions": True,
         "tie_embeddings": k.flag("tie_word_embeddings", True), "norm": "layer",
-        "norm_eps": k.number("layer_norm_epsilon", 1e-5), "gated": False,
+        "norm_eps": k.positive("layer_norm_epsilon", 1e-5), "gated": False,
         "activation": k.one_of("activation_function", ACTIVATIONS, "gelu_new"),
         "biases": ("norm", "wq", "wk", "wv", "wo", "w_up", "w_down"),
     }  # fmt: skip
@@ -592,7 +592,7 @@ def _gpt_neox(k: Keys) -> dict[str, Any]:
         k.set("hidden_act", "gelu")
     return _llama(k, partial=0.25) | {
         "norm": "layer",
-        "norm_eps": k.number("layer_norm_eps", 1e-5),
+        "norm_eps": k.positive("layer_norm_eps", 1e-5),
         "parallel": k.flag("use_parallel_residual", True),
         "gated": False,
         "biases": ("norm", *bias, "w_up", "w_down"),

@@ -1,6 +1,5 @@
 """Read a checkpoint's configuration key by key; a key that nobody asked for is one that is not understood."""
 
-import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -62,15 +61,21 @@ class Keys:
         value = self(name, default)
         if value is default:
             return value
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < 1e300:
             raise self.fault(name, "expected a finite number")
         return float(value)
+
+    def positive(self, name: str, default: Any = REQUIRED) -> Any:
+        value = self.number(name, default)
+        if value is not default and value <= 0:
+            raise self.fault(name, "expected a number above 0")
+        return value
 
     def numbers(self, name: str, count: int) -> tuple[float, ...]:
         value = self(name)
         if not isinstance(value, list | tuple) or len(value) != count:
             raise CheckpointError(f"{self.where}: {self.what} key {name} should be a list of {count} numbers")
-        if not all(isinstance(v, int | float) and math.isfinite(v) and v > 0 for v in value):
+        if not all(isinstance(v, int | float) and 0 < v < 1e300 for v in value):
             raise CheckpointError(f"{self.where}: {self.what} key {name} holds something other than positive numbers")
         return tuple(float(v) for v in value)
 

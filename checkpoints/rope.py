@@ -25,60 +25,62 @@ def read(where: str, scaling: Mapping[str, Any], dim: int, theta: float, max_pos
     keys = Keys(where, scaling, "rope scaling")
     old, kind = keys("type", None), keys("rope_type", None)
     kind = kind or old or "default"
-    theta = keys.number("rope_theta", theta)
-    original = keys.whole("original_max_position_embeddings", max_positions)
-    keys.ignore("partial_rotary_factor", "max_position_embeddings", "rope_theta")
-    frequency = float(theta) ** (-np.arange(0, dim, 2) / dim)
-    extra: dict[str, Any]
-    if kind in ("default", "none"):
-        extra = {}
-        keys.ignore("factor")
-    elif kind == "linear":
-        extra = {"factors": (keys.number("factor"),)}
-    elif kind == "dynamic":
-        extra = {"dynamic": keys.number("factor"), "original": max_positions}
-    elif kind == "llama3":
-        factors = _llama3(
-            frequency, keys.number("factor"), keys.number("low_freq_factor"), keys.number("high_freq_factor"), original
-        )
-        extra = {"factors": factors}
-    elif kind == "yarn":
-        extra = _yarn(keys, theta, dim, original, max_positions)
-    elif kind in ("longrope", "su"):
-        factor = keys.number("factor", max_positions / original)
-        default = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
-        extra = {
-            "factors": keys.numbers("short_factor", dim // 2),
-            "long_factors": keys.numbers("long_factor", dim // 2),
-            "original": original,
-            "scale": keys.number("attention_factor", default),
-        }
-    else:
-        raise CheckpointError(f"{where}: rope scaling {kind!r} is not supported")
-    keys.finish()
+    theta = keys.positive("rope_theta", theta)
+    original = keys.positive("original_max_position_embeddings", max_positions)
+    keys.ignore("partial_rotary_factor", "max_position_embeddings")
+    if not isinstance(kind, str) or kind not in KINDS:
+        raise CheckpointError(f"{where}: rope scaling {kind!r} is not supported; known: {', '.join(KINDS)}")
     try:
-        return Rope(dim, theta, **extra)
+        rope = Rope(dim, theta, **KINDS[kind](keys, dim, theta, original, max_positions))
+    except ArithmeticError as error:
+        raise CheckpointError(f"{where}: the numbers of rope scaling {kind!r} make no frequencies ({error})") from error
     except ValueError as error:
-        raise CheckpointError(f"{where}: {error}") from error
+        raise error if isinstance(error, CheckpointError) else CheckpointError(f"{where}: {error}") from error
+    keys.finish()
+    return rope
 
 
-def _llama3(frequency, factor, low, high, original) -> tuple[float, ...]:
-    wavelength = 2 * np.pi / frequency
-    kept = (original / wavelength - low) / (high - low)  # 0 and below: divided; 1 and above: kept
-    kept = np.clip(kept, 0, 1)
-    return tuple((1 / ((1 - kept) / factor + kept)).tolist())
+def _plain(keys: Keys, dim, theta, original, max_positions) -> dict[str, Any]:
+    keys.ignore("factor")
+    return {}
 
 
-def _yarn(keys: Keys, theta: float, dim: int, original: int, max_positions: int) -> dict[str, Any]:
-    factor = keys.number("factor", max_positions / original)
-    fast, slow = keys.number("beta_fast", 32.0) or 32.0, keys.number("beta_slow", 1.0) or 1.0
+def _linear(keys: Keys, dim, theta, original, max_positions) -> dict[str, Any]:
+    return {"factors": (keys.positive("factor"),)}
+
+
+def _dynamic(keys: Keys, dim, theta, original, max_positions) -> dict[str, Any]:
+    return {"dynamic": keys.positive("factor"), "original": max_positions}
+
+
+def _longrope(keys: Keys, dim, theta, original, max_positions) -> dict[str, Any]:
+    factor = keys.positive("factor", max_positions / original)
+    default = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
+    return {
+        "factors": keys.numbers("short_factor", dim // 2),
+        "long_factors": keys.numbers("long_factor", dim // 2),
+        "original": int(original),
+        "scale": keys.positive("attention_factor", default),
+    }
+
+
+def _llama3(keys: Keys, dim, theta, original, max_positions) -> dict[str, Any]:
+    factor, low, high = (keys.positive(name) for name in ("factor", "low_freq_factor", "high_freq_factor"))
+    wavelength = 2 * np.pi * float(theta) ** (np.arange(0, dim, 2) / dim)
+    kept = np.clip((original / wavelength - low) / (high - low), 0, 1)  # from divided (0) to left alone (1)
+    return {"factors": tuple((1 / ((1 - kept) / factor + kept)).tolist())}
+
+
+def _yarn(keys: Keys, dim, theta, original, max_positions) -> dict[str, Any]:
+    factor = keys.positive("factor", max_positions / original)
+    fast, slow = keys.positive("beta_fast", 32.0), keys.positive("beta_slow", 1.0)
     mscale, mscale_all = keys.number("mscale", 0.0), keys.number("mscale_all_dim", 0.0)
 
     def sharpening(weight):
         return 1.0 if factor <= 1 else 0.1 * weight * math.log(factor) + 1.0
 
     default = sharpening(mscale) / sharpening(mscale_all) if mscale and mscale_all else sharpening(1.0)
-    scale = keys.number("attention_factor", default)
+    scale = keys.positive("attention_factor", default)
 
     def pair_that_turns(times):  # the pair of dimensions that turns so often within the original length
         return dim * math.log(original / (times * 2 * math.pi)) / (2 * math.log(theta))
@@ -89,3 +91,9 @@ def _yarn(keys: Keys, theta: float, dim: int, original: int, max_positions: int)
     low, high = max(low, 0), min(high, dim - 1)
     ramp = np.clip((np.arange(dim // 2) - low) / (high - low if high != low else 0.001), 0, 1)
     return {"factors": tuple((1 / (ramp / factor + 1 - ramp)).tolist()), "scale": scale}
+
+
+KINDS = {
+    "default": _plain, "none": _plain, "linear": _linear, "dynamic": _dynamic, "llama3": _llama3, "yarn": _yarn,
+    "longrope": _longrope, "su": _longrope,
+}  # fmt: skip

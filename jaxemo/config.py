@@ -5,6 +5,7 @@ checkpoint's own configuration into it and refuse what they do not understand.
 """
 
 import dataclasses
+import math
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,6 +33,9 @@ class Rope:
         for name in ("factors", "long_factors"):
             if len(getattr(self, name)) not in (1, self.dim // 2) and (name == "factors" or self.long_factors):
                 raise ValueError(f"Rope.{name} has {len(getattr(self, name))} numbers; expected 1 or {self.dim // 2}")
+        numbers = (self.theta, self.dynamic, self.scale, *self.factors, *self.long_factors)
+        if not all(0 < number < math.inf for number in numbers):
+            raise ValueError("a Rope's numbers must be above 0 and finite")
         if (self.long_factors or self.dynamic != 1) and self.original < 1:
             raise ValueError("this Rope depends on a row's length but names no `original` length")
 

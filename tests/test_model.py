@@ -2,6 +2,8 @@
 
 import functools
 
+import hypothesis
+import hypothesis.strategies as st
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -282,3 +284,19 @@ def test_init_draws_what_is_described(model_of):
 
 def test_count_is_the_number_of_weights(tiny):
     assert params_lib.count(tiny.config) == sum(leaf.size for leaf in jax.tree.leaves(tiny.params))
+
+
+@hypothesis.given(st.lists(st.integers(0, 70), min_size=1, max_size=9).filter(any), st.integers(0, 2**31))
+@hypothesis.settings(max_examples=12)
+def test_each_row_meets_its_own_expert(close, counts, seed):
+    """Experts without rows, with one and with several blocks of them, on the CPU's path and on the accelerators'."""
+    rng = np.random.default_rng(seed)
+    expert = np.repeat(np.arange(len(counts)), counts)
+    x, w, b = (rng.standard_normal(shape).astype(np.float32) for shape in
+               ((len(expert), 12), (len(counts), 12, 5), (len(counts), 5)))  # fmt: skip
+    want = np.einsum("ni,nio->no", x, w[expert], dtype=np.float64) + b[expert]
+    weights = {"w_up": jnp.asarray(w), "w_up_bias": jnp.asarray(b)}
+    got = model.grouped(jnp.asarray(expert), jnp.asarray(counts), "", jnp.asarray(x), weights, "w_up")
+    close(got, want, 13, "blocks", scale=np.abs(x).max() * np.abs(w).max() * 12)
+    other = jax.lax.ragged_dot(x, w, jnp.asarray(counts, jnp.int32), precision="highest") + b[expert]
+    close(other, want, 13, "ragged_dot", scale=np.abs(x).max() * np.abs(w).max() * 12)

@@ -16,6 +16,21 @@ from jaxemo import Capture, ModelConfig, Steering, TokenBatch, capture, generate
 
 SMOLLM2 = ModelConfig("llama", 49152, 576, 30, 9, 3, 64, 1536, 8192, attention=(Attention(Rope(64, 1e5)),))
 LLAMA_8B = ModelConfig("llama", 128256, 4096, 32, 32, 8, 128, 14336, 8192, False, (Attention(Rope(128, 5e5)),))
+LOCAL, GLOBAL = Attention(Rope(256, 1e4), 512), Attention(Rope(256, 1e6))
+GEMMA3_1B = ModelConfig(
+    "gemma3", 262144, 1152, 26, 4, 1, 256, 6912, 32768, attention=(LOCAL, GLOBAL), pattern=(0, 0, 0, 0, 0, 1) * 4 + (0, 0),
+    qk_norm="head", norms=("attn_norm", "attn_post_norm", "mlp_norm", "mlp_post_norm"), embed_scale=1152**0.5,
+    activation="gelu_tanh",
+)  # fmt: skip
+QWEN3_MOE = ModelConfig(  # Qwen3-30B-A3B with 6 of its 48 layers
+    "qwen3_moe", 151936, 2048, 6, 32, 4, 128, 768, 40960, False, (Attention(Rope(128, 1e6)),), qk_norm="head", n_experts=128,
+    n_active=8,
+)  # fmt: skip
+GPT_OSS = ModelConfig(  # gpt-oss-20b with 4 of its 24 layers
+    "gpt_oss", 201088, 2880, 4, 64, 8, 64, 2880, 131072, False, (Attention(Rope(64, 1.5e5), 128), Attention(Rope(64, 1.5e5))),
+    pattern=(0, 1) * 2, attn_sinks=True, biases=("wq", "wk", "wv", "wo", "router", "w_gate", "w_up", "w_down"), n_experts=32,
+    n_active=4, activation="quick_gelu", glu_limit=7.0,
+)  # fmt: skip
 MEMORY = {"v5e:2x2": 16 << 30, "v6e:2x2": 32 << 30}  # bytes of HBM a chip
 B, T, ROOM, E = 8, 256, 64, 171
 
@@ -59,7 +74,7 @@ def report(label, compiled, limit):
     assert used < limit
 
 
-@pytest.mark.parametrize("name", ["SMOLLM2", "LLAMA_8B"])
+@pytest.mark.parametrize("name", ["SMOLLM2", "LLAMA_8B", "GEMMA3_1B", "QWEN3_MOE", "GPT_OSS"])
 def test_steered_and_read_forward_compiles_and_fits(chip, name):
     sharding, limit = chip
     config = globals()[name]
