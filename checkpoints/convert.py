@@ -125,7 +125,10 @@ def regroups(stored: tuple[int, ...], wanted: tuple[int, ...]) -> bool:
 
 
 def match(source: Source) -> dict[Key, tuple[Entry, list[str]]]:
-    """For every weight, its table entry and the tensors it is read from; CheckpointError unless all are used."""
+    """For every weight, its table entry and the tensors it is read from.
+
+    CheckpointError unless every weight has its tensors and every number of every tensor is used once.
+    """
     shapes = {_plain(name, source.prefixes): name for name in source.shapes}
     ignored = re.compile("|".join(source.ignored) or r"(?!)")
     left = {name for name in shapes if not ignored.fullmatch(name)}
@@ -135,6 +138,7 @@ def match(source: Source) -> dict[Key, tuple[Entry, list[str]]]:
     wanted += [(name, i) for i in range(config.n_layers) for name in described["layers"][0]]
 
     found: dict[Key, tuple[Entry, list[str]]] = {}
+    filled: dict[str, int] = {}  # how many numbers of the model each tensor gives
     for name, i in wanted:
         entry, names = None, []
         options = source.table[name]
@@ -148,9 +152,8 @@ def match(source: Source) -> dict[Key, tuple[Entry, list[str]]]:
         missing = [n for n in names if n not in shapes]
         faults += [f"tensor {n} is missing" for n in missing]
         leaf = described[name] if i < 0 else described["layers"][i][name]
-        stored = [source.shapes[shapes[n]] for n in names if n in shapes]
-        if not missing and sum(map(math.prod, stored)) < math.prod(leaf.shape):  # before any memory is asked for
-            faults.append(f"tensor {names[0]} of shape {list(stored[0])} is too small: the model needs {list(leaf.shape)}")
+        for n in names if not entry.shared else ():
+            filled[n] = filled.get(n, 0) + math.prod(leaf.shape) // len(names)
         left -= set(names)
         found[name, i] = entry, [shapes.get(n, n) for n in names]
         if len(faults) > 100:
@@ -166,6 +169,9 @@ def match(source: Source) -> dict[Key, tuple[Entry, list[str]]]:
             faults.append(f"tensor {entry.source} differs from the embedding, which the configuration ties it to")
             left.discard(entry.source)
     faults += [f"tensor {name} is not known" for name in sorted(left)]
+    for name, size in filled.items():  # known before any memory is asked for
+        if name in shapes and math.prod(source.shapes[shapes[name]]) != size:
+            faults.append(f"tensor {name} has shape {list(source.shapes[shapes[name]])}, but the model takes {size} numbers from it")
     if faults:
         more = f"; and {len(faults) - 8} more" if len(faults) > 8 else ""
         raise CheckpointError(f"{source.where}: " + "; ".join(faults[:8]) + more)

@@ -25,6 +25,7 @@ def linear(config: ModelConfig, w: np.ndarray) -> np.ndarray:
 class Entry(NamedTuple):
     source: str
     transform: Transform = linear
+    shared: bool = False  # the tensor is another weight's as well
 
 
 Table = Mapping[str, Entry | tuple[Entry, ...]]  # several: whichever the checkpoint has
@@ -115,8 +116,8 @@ _GATE_UP = {
     "w_up": Entry(_I + "mlp.gate_up_proj.weight", rows(lambda c: (c.d_ff, 2 * c.d_ff))),
 }
 _PARALLEL = {  # attention and MLP share one norm
-    "mlp_norm": Entry(_I + "input_layernorm.weight"),
-    "mlp_norm_bias": Entry(_I + "input_layernorm.bias"),
+    "mlp_norm": Entry(_I + "input_layernorm.weight", shared=True),
+    "mlp_norm_bias": Entry(_I + "input_layernorm.bias", shared=True),
 }
 _NEIGHBOURS = {
     name: Entry(_I + f"self_attn.{name[1]}_proj.{'bias' if 'bias' in name else 'weight'}", halves)
@@ -130,7 +131,7 @@ def _moe(prefix: str, gate: str, up: str, down: str) -> dict[str, Entry | tuple[
     fused = _I + "mlp.experts."
     return {
         **LLAMA,
-        "router": Entry(_I + prefix + "gate.weight"),
+        "router": (Entry(_I + prefix + "gate.weight"), Entry(_I + "mlp.gate.weight")),
         "w_gate": (
             Entry(_I + prefix + "experts.{x}." + gate + ".weight"),
             Entry(fused + "gate_up_proj", lambda c, w: swap(c, w[:, : c.d_ff])),
@@ -675,9 +676,12 @@ ONLY = {
 }  # fmt: skip
 
 
-def config_from_hf(where: str, raw: Mapping[str, Any]) -> ModelConfig:
-    """The ModelConfig that a `config.json` describes. Raises CheckpointError, naming `where` and the key at fault."""
-    keys = Keys(where, raw)
+def config_from_hf(where: str, raw: Mapping[str, Any], names: Mapping[str, str] | None = None) -> ModelConfig:
+    """The ModelConfig that a `config.json` describes. Raises CheckpointError, naming `where` and the key at fault.
+
+    `names` translates keys in messages, for a file that has other names for them.
+    """
+    keys = Keys(where, raw, names=names)
     name = keys("model_type")
     if not isinstance(name, str) or name not in FAMILIES:
         why = f": it needs {REFUSED[name]}" if isinstance(name, str) and name in REFUSED else ""

@@ -157,13 +157,17 @@ def config_from_gguf(
     architecture = ARCHITECTURES[name]
     given = {key.removeprefix(f"{name}."): value for key, value in meta.items() if key.startswith(f"{name}.")}
     config: dict[str, Any] = {new: given.pop(old) for old, new in KEYS.items() if old in given}
-    for key in ("embedding_length", "attention.head_count"):
+    for key in ("context_length", "embedding_length", "block_count", "attention.head_count"):
         if KEYS[key] not in config:
             raise CheckpointError(f"{where}: the configuration key {name}.{key} is missing")
+    if not {"rms_norm_eps", "layer_norm_eps"} & set(config):
+        raise CheckpointError(f"{where}: the configuration key {name}.attention.layer_norm_rms_epsilon is missing")
     heads, width = config["num_attention_heads"], config["hidden_size"]
     if not all(isinstance(n, int) and n > 0 for n in (heads, width)):
         raise CheckpointError(f"{where}: {heads} heads of a model of width {width} cannot be")
     head_dim = config.setdefault("head_dim", width // heads)
+    if not isinstance(head_dim, int):
+        raise CheckpointError(f"{where}: {name}.attention.key_length is {head_dim!r}, not one head size")
 
     if given.pop("attention.value_length", head_dim) != head_dim:
         raise CheckpointError(f"{where}: {name}.attention.value_length is not the head size {head_dim}")
@@ -203,7 +207,8 @@ def config_from_gguf(
     biased = {p for p in "qko" if f"blk.0.attn_{'output' if p == 'o' else p}.bias" in shapes}
     if biased and family in ("llama", "granite", "qwen3", "olmo2", "gemma", "mixtral"):
         config["attention_bias"] = True
-    built = families.config_from_hf(where, {"model_type": family, **config})
+    shown = {new: f"{name}.{old}" for old, new in KEYS.items()}
+    built = families.config_from_hf(where, {"model_type": family, **config}, shown)
 
     if "rope_freqs.weight" in shapes:  # Llama 3's scaling, worked out
         factors = tuple(read("rope_freqs.weight").astype(float).tolist())

@@ -5,7 +5,7 @@ mean is in PRE_TYPES. They are the rules of the tokenizers that the models were 
 them. Other kinds of vocabulary (WordPiece, unigram, RWKV, ...) and names that are not in the table are refused.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,11 +18,17 @@ from jaxemo.tokens import Tokenizer
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 MAX_PIECE = 256  # characters of a SentencePiece token, every cut of which is tried; Gemma's longest have 31
 
-# Control tokens that end an answer, whatever else the metadata names.
 END_OF_TURN = frozenset({
     "<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|eom_id|>", "<|end_of_text|>", "<|end|>", "<|return|>", "<|call|>",
     "<end_of_turn>", "<turn|>", "<|END_OF_TURN_TOKEN|>", "<｜end▁of▁sentence｜>", "<|EOT|>", "<eos>", "</s>",
 })  # fmt: skip
+
+
+def ends_of_turn(special: Iterable[str]) -> set[str]:
+    """Those of a model's special tokens that end an answer, whatever else it names."""
+    ends = END_OF_TURN & set(special)
+    # In the Harmony format <|end|> ends a message, and the answer may go on with another one.
+    return ends - {"<|end|>"} if {"<|return|>", "<|call|>"} <= ends else ends
 
 
 def _split(pattern: str):
@@ -170,14 +176,11 @@ def build_tokenizer(where: str, meta: Mapping[str, Any]) -> Tokenizer:
     add_bos = _get(where, meta, "add_bos_token", bool, defaults["add_bos"])
     if add_bos and bos is None:
         raise CheckpointError(f"{where}: texts are to begin with a token, but tokenizer.ggml.bos_token_id is missing")
-    ends = {token for token in vocabulary.of(CONTROL) if token in END_OF_TURN}
-    if {"<|return|>", "<|call|>"} <= ends:
-        ends -= {"<|end|>"}  # in the Harmony format it ends a message, and the answer may go on with another one
-    stop_ids = {ids[token] for token in ends} | {eos, eot, eom} - {None}
+    stop_ids = {ids[token] for token in ends_of_turn(vocabulary.of(CONTROL))} | {eos, eot, eom} - {None}
     template = meta.get("tokenizer.chat_template")
     if not isinstance(template, str | None):
         raise CheckpointError(f"{where}: tokenizer.chat_template is not a text")
-    return Tokenizer(backend, bos=bos, eos=eos, add_bos=add_bos, chat_template=template, stop_ids=sorted(stop_ids))
+    return Tokenizer(backend, bos=bos, eos=eos, prefix=[bos] if add_bos else [], chat_template=template, stop_ids=sorted(stop_ids))
 
 
 _REQUIRED = object()

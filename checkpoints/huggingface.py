@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from jaxemo.checkpoints.gguf_tokenizer import END_OF_TURN
+from jaxemo.checkpoints.gguf_tokenizer import ends_of_turn
 from jaxemo.checkpoints.keys import CheckpointError
 from jaxemo.checkpoints.safetensors import read_header, unique
 from tokenizers import AddedToken
@@ -134,15 +134,6 @@ def _some(names: list[str], between: str = ", ") -> str:
 # ---- tokenizer -------------------------------------------------------------------------------------------------------
 
 
-class _Prefixed(Tokenizer):
-    """Plain texts begin with more than one token (GLM's with two)."""
-
-    prefix: tuple[int, ...] = ()
-
-    def encode(self, text: str) -> list[int]:
-        return [*self.prefix, *super().encode(text)]
-
-
 def tokenizer(directory: Path) -> Tokenizer | None:
     """The tokenizer that `tokenizer.json` and the files beside it describe; None where there is no `tokenizer.json`.
 
@@ -187,24 +178,18 @@ def tokenizer(directory: Path) -> Tokenizer | None:
         inner = table.get("text_config")
         stop |= {*_ids(directory / name, table, "eos_token_id")}
         stop |= {*_ids(directory / name, inner if isinstance(inner, dict) else {}, "eos_token_id")}
-    ends = {
-        t.content: i for i, t in backend.get_added_tokens_decoder().items() if t.special and t.content in END_OF_TURN
-    }
-    if {"<|return|>", "<|call|>"} <= ends.keys():
-        ends.pop("<|end|>", None)  # in the Harmony format it ends a message, and the answer may go on with another one
+    special = {t.content: i for i, t in backend.get_added_tokens_decoder().items() if t.special}
+    stop |= {special[token] for token in ends_of_turn(special)}
     others = {key: token for key, value in named.items() if key.endswith("_token") and (token := _content(value))}
-    made = (_Prefixed if len(prefix) > 1 else Tokenizer)(
+    return Tokenizer(
         backend,
         bos=prefix[0] if len(prefix) == 1 and bos is None else bos,
         eos=eos,
-        add_bos=len(prefix) == 1,
+        prefix=prefix,
         chat_template=_chat_template(directory, settings),
-        stop_ids=sorted(stop | set(ends.values())),
+        stop_ids=sorted(stop),
         template_vars={key: token for key, token in others.items() if key not in ("bos_token", "eos_token")},
     )
-    if isinstance(made, _Prefixed):
-        made.prefix = prefix
-    return made
 
 
 @contextlib.contextmanager

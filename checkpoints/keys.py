@@ -14,13 +14,15 @@ REQUIRED: Any = object()
 class Keys:
     """`keys(name, default)` is a value, `default` where it is absent or null; `finish` refuses what was never asked for.
 
-    `where` and `what` begin every message: the file, and which part of it.
+    `where` and `what` begin every message: the file, and which part of it; `names` says what the file itself calls a key.
     """
 
-    def __init__(self, where: str, values: Mapping[str, Any], what: str = "configuration"):
+    def __init__(
+        self, where: str, values: Mapping[str, Any], what: str = "configuration", names: Mapping[str, str] | None = None
+    ):
         if not isinstance(values, Mapping):
             raise CheckpointError(f"{where}: {what} is {type(values).__name__}, not a table of keys")
-        self.where, self.what = where, what
+        self.where, self.what, self.names = where, what, names or {}
         self._values = values
         self._left = {name for name, value in values.items() if value is not None}  # null says "not set"
 
@@ -29,7 +31,7 @@ class Keys:
         value = self._values.get(name)
         if value is None:
             if default is REQUIRED:
-                raise CheckpointError(f"{self.where}: the {self.what} key {name} is missing")
+                raise CheckpointError(f"{self.where}: the {self.what} key {self.names.get(name, name)} is missing")
             return default
         return value
 
@@ -45,7 +47,8 @@ class Keys:
         self._values = {**self._values, name: value}
 
     def fault(self, name: str, problem: str) -> CheckpointError:
-        return CheckpointError(f"{self.where}: {self.what} key {name} is {self._values.get(name)!r}; {problem}")
+        shown = self.names.get(name, name)
+        return CheckpointError(f"{self.where}: {self.what} key {shown} is {self._values.get(name)!r}; {problem}")
 
     def whole(self, name: str, default: Any = REQUIRED) -> Any:
         value = self(name, default)
@@ -104,4 +107,4 @@ class Keys:
     def finish(self, inert: Iterable[str] = ()) -> None:
         """Refuse every key that was neither read nor is known to leave the computation alone."""
         if unknown := sorted(self._left - set(inert)):
-            raise CheckpointError(f"{self.where}: unknown {self.what} keys {', '.join(unknown)}")
+            raise CheckpointError(f"{self.where}: unknown {self.what} keys {', '.join(self.names.get(name, name) for name in unknown)}")

@@ -31,7 +31,7 @@ from jaxemo.tokens import Tokenizer
 
 FORMAT = 1
 MARK = "jaxemo.json"
-_TOKENIZER = ("bos", "eos", "add_bos", "chat_template", "stop_ids", "template_vars")
+_TOKENIZER = ("bos", "eos", "prefix", "chat_template", "stop_ids", "template_vars")
 
 
 def write(

@@ -9,6 +9,7 @@ import sys
 import time
 
 COMPILE_CACHE = "compiled"  # under the cache directory
+MODEL = "registered name (by default smollm2-135m), .gguf file, directory, or ORG/NAME[:FILE.gguf] on the Hugging Face hub"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -40,7 +41,8 @@ def _parser() -> argparse.ArgumentParser:
         return sub
 
     def model(sub):
-        sub.add_argument("model", nargs="?", default="smollm2-135m", help="registry name or .gguf file (smollm2-135m)")
+        sub.add_argument("model", nargs="?", default="smollm2-135m", help=MODEL)
+        sub.add_argument("--revision", help="branch, tag or commit of a repository")
         sub.add_argument("--dtype", help="float32 or bfloat16 (by default float32 on CPU, bfloat16 elsewhere)")
 
     def steering(sub):
@@ -57,8 +59,10 @@ def _parser() -> argparse.ArgumentParser:
             "--tokens", default="all", choices=["all", "prompt", "generated", "last"], help="tokens to steer"
         )
 
-    sub = command("pull", _pull, "fetch a registered model")
-    sub.add_argument("model", nargs="?", default="smollm2-135m")
+    sub = command("pull", _pull, "fetch a model")
+    sub.add_argument("model", nargs="?", default="smollm2-135m", help=MODEL)
+    sub.add_argument("--revision", help="branch, tag or commit of a repository")
+    sub.add_argument("--accept-terms", action="store_true", help="accept the terms that a registered model comes under")
 
     sub = command("info", _info, "what a model is, and with --time how fast it is ready here")
     model(sub)
@@ -71,7 +75,8 @@ def _parser() -> argparse.ArgumentParser:
     )
 
     sub = command("convert", _convert, "write a model in jaxemo's own layout, which loads in one pass by memory map")
-    sub.add_argument("model", help="registry name, Hugging Face directory or .gguf file")
+    sub.add_argument("model", help=MODEL)
+    sub.add_argument("--revision", help="branch, tag or commit of a repository")
     sub.add_argument("out", help="directory to write; it must not exist")
     sub.add_argument("--dtype", default="float32", help="float32 (nothing is lost) or bfloat16 (half the size)")
 
@@ -103,7 +108,8 @@ def _parser() -> argparse.ArgumentParser:
     )
 
     sub = command("read", _read, "score texts on emotion directions")
-    sub.add_argument("-m", "--model", default="smollm2-135m", help="registry name or .gguf file (smollm2-135m)")
+    sub.add_argument("-m", "--model", default="smollm2-135m", help=MODEL)
+    sub.add_argument("--revision", help="branch, tag or commit of a repository")
     sub.add_argument("--dtype", help="float32 or bfloat16 (by default float32 on CPU, bfloat16 elsewhere)")
     sub.add_argument("--vectors", required=True, help="file made by `jaxemo extract`")
     sub.add_argument("--layer", type=int)
@@ -139,13 +145,13 @@ def _cache_compilations(wanted: bool) -> None:
 def _load(args):
     import jaxemo
 
-    return jaxemo.load(args.model, dtype=args.dtype)
+    return jaxemo.load(args.model, dtype=args.dtype, revision=args.revision)
 
 
 def _pull(args):
     from jaxemo import checkpoints
 
-    print(checkpoints.pull(args.model))
+    print(checkpoints.pull(args.model, revision=args.revision, accept_terms=args.accept_terms))
 
 
 def _info(args):
@@ -164,8 +170,11 @@ def _info(args):
     print(
         f"{params.count(c):,} weights, {size / 1e6:.0f} MB as {lm.params['embed'].dtype} on {jax.devices()[0].device_kind}"
     )
-    template = "with" if lm.tokenizer.chat_template else "without"
-    print(f"tokenizer of {lm.tokenizer.backend.get_vocab_size()} tokens, {template} chat template")
+    try:
+        template = "with" if lm.tokenizer.chat_template else "without"
+        print(f"tokenizer of {lm.tokenizer.backend.get_vocab_size()} tokens, {template} chat template")
+    except ValueError as error:
+        print(error)
 
     if args.quantise:
         _quantised(args, lm)
@@ -196,7 +205,7 @@ def _quantised(args, lm):
         what = "128 random tokens"
     print(f"next-token predictions against {lm.params['embed'].dtype} weights, on {what}:")
     for kind in BITS:
-        other = jaxemo.load(args.model, dtype=args.dtype, quantise=kind)
+        other = jaxemo.load(args.model, dtype=args.dtype, quantise=kind, revision=args.revision)
         size = sum(leaf.nbytes for leaf in jax.tree.leaves(other.params))
         d = compare(lm, other, batch)
         print(f"{kind}: {size / 1e6:.0f} MB, max |Δlogit| {d['max_logit']:.2f}, mean {d['mean_logit']:.3f}, "
@@ -207,13 +216,10 @@ def _convert(args):
     from tqdm import tqdm
 
     from jaxemo import params
-    from jaxemo.checkpoints import convert, loading, registry, store
+    from jaxemo.checkpoints import convert, loading, resolve, store
 
     dtype = convert.as_dtype(args.dtype)
-    path = registry.pull(args.model) if args.model in registry.REGISTRY else pathlib.Path(args.model)
-    if not path.exists():
-        raise FileNotFoundError(f"{args.model!r} is neither a registered model nor a file or directory")
-    source, tokenizer = loading.open_model(path)
+    source, tokenizer = loading.open_model(resolve(args.model, revision=args.revision))
     size = params.count(source.config) * dtype.itemsize
     with tqdm(total=size, unit="B", unit_scale=True, desc="weights", mininterval=0.5) as bar:
         store.write(source, tokenizer, pathlib.Path(args.out), dtype, bar.update)
@@ -223,17 +229,19 @@ def _convert(args):
 _TIMED = """
 import json, sys, time
 import jaxemo, jaxemo.cli
-name, dtype, cache = json.loads(sys.argv[1])
+name, dtype, revision, cache = json.loads(sys.argv[1])
 if cache:
     import jax
     jax.config.update("jax_compilation_cache_dir", cache)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
 begin = time.perf_counter()
-lm = jaxemo.load(name, dtype=dtype)
+lm = jaxemo.load(name, dtype=dtype, revision=revision)
 loaded = time.perf_counter()
 first = []
-lm.generate([[{"role": "user", "content": "What is the capital of France?"}]], max_new_tokens=64,
+question = "What is the capital of France?"
+chat = [{"role": "user", "content": question}]
+lm.generate([chat if lm.tokenizer.chat_template else question], max_new_tokens=64, stop=[],
             stream=lambda pieces: first.append(time.perf_counter()))
 print(json.dumps([loaded - begin, first[0] - begin, (len(first) - 1) / (first[-1] - first[0])]))
 """
@@ -247,13 +255,12 @@ def _time(args):
 
     from jaxemo import checkpoints
 
-    if args.model in checkpoints.REGISTRY:
-        checkpoints.pull(args.model)
+    checkpoints.resolve(args.model, revision=args.revision)
     print(f"{args.model} on {os.cpu_count()} cores, {jax.devices()[0].device_kind}, jax {jax.__version__}; seconds from the "
           "start of load, in a fresh process, imports left out")  # fmt: skip
     with tempfile.TemporaryDirectory() as cache:
         for label in ("cold", "warm"):
-            given = json.dumps([args.model, args.dtype, cache])
+            given = json.dumps([args.model, args.dtype, args.revision, cache])
             done = subprocess.run([sys.executable, "-c", _TIMED, given], capture_output=True, text=True)
             if done.returncode:
                 raise RuntimeError(f"the timed process failed:\n{done.stderr[-2000:]}")

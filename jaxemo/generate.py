@@ -45,7 +45,7 @@ class State:
     tokens: jax.Array  # [B, N]
     logprobs: jax.Array  # [B, N]
     lengths: jax.Array  # [B] tokens before the stop token
-    whole: jax.Array  # [B] how long the row can get: its prompt and the room
+    whole: jax.Array  # [B] how long the row can get: its prompt and all that may be asked for
     scores: Any  # [B, N, E], or None where nothing is read
     cache: model.Cache
 
@@ -93,12 +93,16 @@ def prefill(
     sampling: Sampling,
     interventions: steering.Interventions | None,
     probes: capture.Probes | None,
+    new_tokens: jax.Array,
     room: int,
 ) -> State:
-    """Read prompts `ids [B, T]` and sample the first token; the cache gets T + `room` positions."""
+    """Read prompts `ids [B, T]` and sample the first token; the cache gets T + `room` positions.
+
+    `new_tokens [] <= room` is how many will be asked for at most.
+    """
     B, T = ids.shape
     cache = model.init_cache(config, B, T + room, params["embed"].dtype, params_lib.is_stacked(params))
-    whole = lengths + room
+    whole = lengths + new_tokens
     x, cache, _ = model.forward(config, params, ids, cache=cache, interventions=interventions, lengths=whole)
     last = jnp.take_along_axis(x, (lengths - 1)[:, None, None], axis=1)[:, 0]
     token, logprob = sample(model.unembed(config, params, last), sampling, lengths)

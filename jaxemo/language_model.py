@@ -2,7 +2,6 @@
 
 import functools
 import os
-import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, Protocol
 
@@ -98,10 +97,16 @@ class LanguageModel:
     """A decoder-only transformer ready to run. `params` decides device, dtype and layer layout; see `jaxemo.params`."""
 
     def __init__(
-        self, config: ModelConfig, params: params_lib.Params, tokenizer: Tokenizer | None = None, source: str = ""
+        self,
+        config: ModelConfig,
+        params: params_lib.Params,
+        tokenizer: Tokenizer | None = None,
+        source: str = "",
+        no_tokenizer: str = "this model has no tokenizer; give token ids [B, T] instead of texts",
     ):
         params_lib.check(config, params)
         self.config, self.params, self._tokenizer, self.source = config, params, tokenizer, source
+        self._no_tokenizer = no_tokenizer  # what calls that need one say
 
     def __repr__(self) -> str:
         c = self.config
@@ -111,7 +116,7 @@ class LanguageModel:
     @property
     def tokenizer(self) -> Tokenizer:
         if self._tokenizer is None:
-            raise ValueError("this model has no tokenizer; give token ids [B, T] instead of texts")
+            raise ValueError(self._no_tokenizer)
         return self._tokenizer
 
     def tokenize(self, texts_or_chats, add_generation_prompt: bool = True) -> TokenBatch:
@@ -235,7 +240,7 @@ class LanguageModel:
 
         room = tokens_lib.bucket(max_new_tokens, 16)
         state = generate.prefill(
-            self.config, self.params, batch.ids, batch.lengths, sampling, interventions, probes, room
+            self.config, self.params, batch.ids, batch.lengths, sampling, interventions, probes, np.int32(max_new_tokens), room
         )
         shown = [0] * B
         pace = 1 if stream else 16 if stop_texts else max_new_tokens
@@ -362,26 +367,28 @@ def compare(model: LanguageModel, other: LanguageModel, batch) -> dict[str, floa
 
 
 def load(
-    model: str | os.PathLike, dtype=None, stacked: bool | None = None, quantise: Literal["int8", "int4"] | None = None
+    model: str | os.PathLike,
+    dtype=None,
+    stacked: bool | None = None,
+    quantise: Literal["int8", "int4"] | None = None,
+    revision: str | None = None,
 ) -> LanguageModel:
-    """A LanguageModel from a registry name (fetched on first use), a Hugging Face directory, or a `.gguf` file.
+    """A LanguageModel from any of: a registry name, a `.gguf` file, a directory as Hugging Face lays it out or as
+    `jaxemo convert` writes it, or a repository of the Hugging Face hub, "ORG/NAME" or "ORG/NAME:FILE.gguf".
 
-    `dtype` is float32 or bfloat16, by default float32 on CPU and bfloat16 on accelerators. `stacked` chooses the layer
-    layout (see `jaxemo.params`): by default separate on CPU and stacked on accelerators. `quantise` holds the layers'
-    projections in 8 or 4 bits (see `jaxemo.quantise`). A directory without a tokenizer
-    loads; only calls that need text raise then. Raises FileNotFoundError for a name that means nothing and
-    CheckpointError where a file is not understood.
+    What is not here is fetched on first use; `revision` is a branch, tag or commit of a repository. `dtype` is float32 or
+    bfloat16, by default float32 on CPU and bfloat16 on accelerators. `stacked` chooses the layer layout (see
+    `jaxemo.params`): by default separate on CPU and stacked on accelerators. `quantise` holds the layers' projections in
+    8 or 4 bits (see `jaxemo.quantise`). A directory without a tokenizer loads; only calls that need text raise then.
+
+    Raises FileNotFoundError for a name that means nothing, CheckpointError (a ValueError) where a file is damaged or not
+    understood, PermissionError for terms not yet accepted, and RuntimeError where a download fails.
     """
-    from jaxemo.checkpoints import convert, loading
+    from jaxemo.checkpoints import convert, huggingface, loading
 
     on_cpu = jax.default_backend() == "cpu"
     dtype = convert.as_dtype(dtype or ("float32" if on_cpu else "bfloat16"))
-    name = os.fspath(model)
-    path = checkpoints.pull(name) if name in checkpoints.REGISTRY else pathlib.Path(name)
-    if not path.exists():
-        raise FileNotFoundError(
-            f"{name!r} is neither a registered model ({', '.join(checkpoints.REGISTRY)}) nor a file or directory"
-        )
+    path = checkpoints.resolve(model, revision=revision)
     source, tokenizer = loading.open_model(path)
     params = convert.load(source, dtype, not on_cpu if stacked is None else stacked, quantise)
-    return LanguageModel(source.config, params, tokenizer, name)
+    return LanguageModel(source.config, params, tokenizer, os.fspath(model), huggingface.no_tokenizer(path))

@@ -229,14 +229,14 @@ class Tokenizer:
     """
 
     def __init__(
-        self, backend, *, bos=None, eos=None, add_bos=False, chat_template=None, stop_ids=(), template_vars=None
+        self, backend, *, bos=None, eos=None, prefix=(), chat_template=None, stop_ids=(), template_vars=None
     ):
         if backend.post_processor is not None and b'"trim_offsets":true' in backend.post_processor.__getstate__():
             # It would place special tokens, which are not asked for here, and take white space out of tokens' offsets.
             backend.post_processor = None
         self.backend = backend
         self.bos, self.eos = bos, eos  # token ids or None
-        self.add_bos = add_bos  # begin every plain text with `bos`
+        self.prefix = tuple(prefix)  # token ids that every plain text begins with; chats have theirs in the template
         self.chat_template = chat_template  # jinja source or None
         self.stop_ids = tuple(stop_ids)  # ids that end an answer
         self.template_vars = {"enable_thinking": False, "thinking": False, **(template_vars or {})}
@@ -245,7 +245,7 @@ class Tokenizer:
     def encode(self, text: str) -> list[int]:
         """Token ids of a plain text. Special tokens written out in the text are recognised, as in transformers."""
         ids = self.backend.encode(text, add_special_tokens=False).ids
-        return [self.bos, *ids] if self.add_bos and self.bos is not None else ids
+        return [*self.prefix, *ids]
 
     def encode_chat(self, chat: Chat, add_generation_prompt: bool = True) -> Ids:
         """Token ids of the rendered chat, which know where its turns lie."""
@@ -278,7 +278,7 @@ class Tokenizer:
 
     def _render(self, chat, add_generation_prompt, now=None, deadline=None) -> str:
         if not self.chat_template:
-            raise ValueError("this model has no chat template; give plain texts instead of chats")
+            raise ValueError("this model has no chat template; give plain texts instead of chats (`--raw` on the command line)")
         for turn in chat:
             if not isinstance(turn, dict) or set(turn) != {"role", "content"}:
                 raise ValueError(f"a chat is a list of {{'role': ..., 'content': ...}}, not {turn!r}")

@@ -9,7 +9,7 @@ import hypothesis.strategies as st
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jaxemo.checkpoints import CheckpointError, convert, families
+from jaxemo.checkpoints import CheckpointError, convert, loading
 
 import jaxemo
 
@@ -65,11 +65,11 @@ def test_a_copy_that_changes_nothing_loads(tmp_path):
 @pytest.mark.parametrize(
     "key, value, words",
     [
-        ("llama.rope.scaling.type", ("yarn", STRING, None), ["rope scaling", "yarn"]),
-        ("llama.expert_count", (8, UINT, None), ["unknown configuration keys", "llama.expert_count"]),
+        ("llama.rope.scaling.type", ("spiral", STRING, None), ["rope scaling", "spiral"]),
+        ("llama.attention.flavour", (8, UINT, None), ["unknown configuration keys", "llama.attention.flavour"]),
         ("tokenizer.ggml.pre", ("unheard-of", STRING, None), ["pre-type", "unheard-of"]),
         ("tokenizer.ggml.model", ("t5", STRING, None), ["tokenizer model", "t5"]),
-        ("llama.rope.dimension_count", (2, UINT, None), ["rope.dimension_count", "head size"]),
+        ("llama.rope.dimension_count", (99, UINT, None), ["rope.dimension_count", "head size"]),
         ("llama.vocab_size", (7, UINT, None), ["vocab_size", "7"]),
     ],
 )
@@ -90,13 +90,13 @@ def test_missing_metadata_is_named(tmp_path, key):
 
 def test_unknown_missing_and_misshapen_tensors_are_named_together(tmp_path):
     def change(tensors):
-        tensors["blk.0.attn_q.bias"] = np.zeros(4, np.float32)
+        tensors["blk.0.attn_q.scale"] = np.zeros(4, np.float32)
         tensors["blk.99.attn_norm.weight"] = np.zeros(4, np.float32)
         del tensors["blk.1.ffn_up.weight"]
 
     path = rewrite(SAMPLE, tmp_path / "odd.gguf", change_tensors=change)
     refused(
-        path, "blk.0.attn_q.bias is not known", "blk.99.attn_norm.weight has no place", "blk.1.ffn_up.weight is missing"
+        path, "blk.0.attn_q.scale is not known", "blk.99.attn_norm.weight is not known", "blk.1.ffn_up.weight is missing"
     )
 
     def cut(tensors):
@@ -105,14 +105,17 @@ def test_unknown_missing_and_misshapen_tensors_are_named_together(tmp_path):
     refused(rewrite(SAMPLE, tmp_path / "cut.gguf", change_tensors=cut), "blk.1.ffn_up.weight")
 
 
-def test_every_table_row_is_used_once_and_every_weight_filled_once():
-    config = jaxemo.load(SAMPLE).config
-    shapes = {t.name: tuple(reversed(t.shape)) for t in gguf.GGUFReader(SAMPLE).tensors}
-    found = convert.match("x", config, families.LLAMA_GGUF, shapes)
-    assert sorted(name for name, _ in found.values()) == sorted(shapes)
-    doubled = (*families.LLAMA_GGUF, families.LLAMA_GGUF[0])
-    with pytest.raises(CheckpointError, match=r"token_embd.weight matches 2 table rows"):
-        convert.match("x", config, doubled, shapes)
+def test_every_number_of_every_tensor_is_used_once():
+    source, _ = loading.open_model(SAMPLE)
+    found = convert.match(source)
+    assert sorted(name for _, names in found.values() for name in names) == sorted(source.shapes)
+    table = {**source.table, "wk": source.table["wv"]}  # a tensor used twice, and one not at all
+    with pytest.raises(CheckpointError) as caught:
+        convert.match(source._replace(table=table))
+    assert "tensor blk.0.attn_k.weight is not known" in str(caught.value)
+    del source.shapes["blk.0.attn_k.weight"], source.shapes["blk.1.attn_k.weight"], source.shapes["blk.2.attn_k.weight"]
+    with pytest.raises(CheckpointError, match=r"blk.0.attn_v.weight has shape .* but the model takes \d+ numbers from it"):
+        convert.match(source._replace(table=table))
 
 
 @hypothesis.given(st.floats(0.0, 0.999), st.integers(0, 2**31))

@@ -59,7 +59,7 @@ def test_read_ranks_each_text(capsys, vectors, monkeypatch):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (("info", "no-such-model"), "'no-such-model' is neither a registered model"),
+        (("info", "no-such-model"), "'no-such-model' is none of: a registered model"),
         (("pull", "no-such-model"), "unknown model 'no-such-model'"),
         (("generate", MODEL, "-p", "x", "--steer", "glad=1"), "steering needs --vectors FILE"),
         (("read", "--model", MODEL, "--vectors", "nowhere.safetensors", "x"), "nowhere.safetensors"),

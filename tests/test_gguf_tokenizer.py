@@ -77,7 +77,7 @@ def test_gemma_3_is_tokenized_as_by_transformers():
         pytest.skip(f"{name} is not in the cache ({registry.cache_dir()}); `jaxemo pull {name}` fetches it")
     tokenizer = build_tokenizer(name, open_gguf(registry.path_of(name)).meta)
     golden = json.loads((GOLDEN / "gemma-3-270m-tokens.json").read_text())
-    assert tokenizer.add_bos and tokenizer.bos == 2 and tokenizer.stop_ids == (1, 106)
+    assert tokenizer.prefix == (2,) and tokenizer.bos == 2 and tokenizer.stop_ids == (1, 106)
     for text, ids in zip(golden["texts"], golden["ids"], strict=True):
         assert tokenizer.encode(text) == [2, *ids], ascii(text)
 
@@ -127,8 +127,8 @@ def test_a_byte_level_text_begins_with_a_space_where_the_metadata_say_so():
 
 @pytest.mark.parametrize("pre, adds", [("llama-bpe", True), ("tekken", True), ("qwen2", False), ("gpt-2", False)])
 def test_texts_begin_with_bos_where_the_pre_type_says_so_and_the_metadata_do_not(pre, adds):
-    assert build_tokenizer("x", meta_of(pre, add_bos_token=None)).add_bos == adds
-    assert not build_tokenizer("x", meta_of(pre, add_bos_token=False)).add_bos
+    assert bool(build_tokenizer("x", meta_of(pre, add_bos_token=None)).prefix) == adds
+    assert not build_tokenizer("x", meta_of(pre, add_bos_token=False)).prefix
 
 
 def test_what_ends_an_answer():

@@ -252,7 +252,7 @@ def test_encode_takes_texts_and_chats_alone_or_together(with_template):
 
 
 def test_special_tokens(make_tokenizer):
-    tokenizer = make_tokenizer(add_bos=True)
+    tokenizer = make_tokenizer(prefix=[256])
     assert tokenizer.encode("a</s>") == [256, 97, 257]
     assert tokenizer.decode([256, 97, 257]) == "a"
     assert tokenizer.decode([256, 97, 257], skip_special=False) == "<s>a</s>"

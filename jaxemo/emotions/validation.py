@@ -79,7 +79,7 @@ def word_logprobs(
         start = tuple(lm.tokenizer.encode(prefix))
         paths.append([])
         for word in words:
-            tail = lm.tokenizer.encode(" " + word)[1 if lm.tokenizer.add_bos else 0 :]
+            tail = lm.tokenizer.encode(" " + word)[len(lm.tokenizer.prefix) :]
             steps = [(start + tuple(tail[:j]), token) for j, token in enumerate(tail)]
             for sequence, _ in steps:
                 texts.setdefault(sequence, len(texts))

@@ -98,7 +98,7 @@ def test_special_tokens_map(tmp_path):
     edit(tmp_path / "special_tokens_map.json", bos_token={"content": "<s>", **mark}, eos_token={"content": "</s>", **mark},
          unk_token="<unk>")  # fmt: skip
     mine, _ = compare(tmp_path, transformers.PreTrainedTokenizerFast.from_pretrained(tmp_path))
-    assert (mine.bos, mine.eos, mine.add_bos) == (1, 2, True)
+    assert (mine.bos, mine.eos, mine.prefix) == (1, 2, (1,))
 
 
 def test_llama_2_is_cut_as_its_file_says(tmp_path):

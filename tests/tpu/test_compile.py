@@ -100,7 +100,7 @@ def test_decode_loop_compiles_and_updates_its_cache_in_place(chip):
     sampling = generate.Sampling(*(np.zeros(B, np.float32), np.zeros(B, np.int32), np.ones(B, np.float32)),
                                  np.zeros(B, np.float32), jax.eval_shape(lambda: jax.random.split(jax.random.key(0), B)))  # fmt: skip
     state = jax.eval_shape(
-        lambda *a: generate.prefill(config, *a, ROOM),
+        lambda *a: generate.prefill(config, *a, np.int32(ROOM), ROOM),
         weights,
         batch.ids,
         batch.lengths,
