@@ -5,7 +5,7 @@ CONSTRAINTS ?= -c constraints.txt
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(CONSTRAINTS)
 
-.PHONY: demo test lint tpu parity clean
+.PHONY: demo test lint tpu parity fuzz bench-loading clean
 
 # The main job on a real model; writes report.html.
 demo: $(VENV)/.base
@@ -31,6 +31,17 @@ tpu:
 parity:
 	$(MAKE) VENV=.venv-parity .venv-parity/.parity
 	.venv-parity/bin/python -m pytest tests/parity -s
+
+# Damaged files and configurations, 100,000 of each kind; the tests run some hundreds.
+fuzz: $(VENV)/.test
+	$(BIN)/python tests/fuzz_safetensors.py
+	$(BIN)/python tests/fuzz_gguf.py
+	$(BIN)/python tests/fuzz_configs.py
+
+# Time and memory of loading, with transformers beside it; run it on a quiet machine.
+bench-loading:
+	$(MAKE) VENV=.venv-parity .venv-parity/.parity
+	.venv-parity/bin/python bench/loading.py --peer
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)

@@ -20,6 +20,7 @@ from jaxemo.checkpoints.convert import Source
 from jaxemo.checkpoints.families_gguf import config_from_gguf
 from jaxemo.checkpoints.gguf_tokenizer import build_tokenizer
 from jaxemo.checkpoints.keys import CheckpointError
+from jaxemo.checkpoints.mapped import releaser
 
 from jaxemo.tokens import Tokenizer
 
@@ -182,11 +183,12 @@ def parse(where: str, data: bytes | mmap.mmap) -> GGUF:
         end, before = tensor.offset + tensor.size, label
         if start + end > size:
             raise fault(f"the file is truncated: tensor {_show(label)} ends at byte {start + end} of {size}")
+    touch = releaser([data] if isinstance(data, mmap.mmap) else [])
     return GGUF(
         meta,
         {label: tensor.shape for label, tensor in tensors.items()},
         {label: tensor.kind.name for label, tensor in tensors.items()},
-        functools.partial(_read, data, start, tensors),
+        functools.partial(_read, data, start, tensors, touch),
     )
 
 
@@ -223,7 +225,14 @@ def _readable(kind: gguf.GGMLQuantizationType) -> bool:
         return False
 
 
-def _read(data, start: int, tensors: dict[str, _Tensor], name: str, out: np.ndarray | None = None) -> np.ndarray:
+def _read(
+    data,
+    start: int,
+    tensors: dict[str, _Tensor],
+    touch: Callable[[int], None],
+    name: str,
+    out: np.ndarray | None = None,
+) -> np.ndarray:
     """The values of a tensor: F32, F16 and BF16 as they lie in the file (a read-only view), others as new float32.
 
     `out`, C-contiguous, of the tensor's shape and any float type, is filled and returned instead: then the only further
@@ -235,6 +244,7 @@ def _read(data, start: int, tensors: dict[str, _Tensor], name: str, out: np.ndar
     block, width = gguf.GGML_QUANT_SIZES[kind]
     with np.errstate(all="ignore"):  # any value may be infinite or NaN
         if kind.name in _STORED:
+            touch(size)
             stored = np.frombuffer(data, _STORED[kind.name], size // width, start + offset).reshape(shape)
             if out is None:
                 return stored
@@ -246,6 +256,7 @@ def _read(data, start: int, tensors: dict[str, _Tensor], name: str, out: np.ndar
         # The package works on rows. Given CHUNK elements as one row, it is twice as fast as left alone, and needs less.
         for at in range(0, flat.size, CHUNK):
             row = blocks[at // block * width : (at + CHUNK) // block * width]
+            touch(len(row))
             flat[at : at + CHUNK] = gguf.quants.dequantize(row.reshape(1, -1), kind)[0]
     return out
 

@@ -17,6 +17,7 @@ from typing import NamedTuple
 import ml_dtypes
 import numpy as np
 from jaxemo.checkpoints.keys import CheckpointError
+from jaxemo.checkpoints.mapped import releaser
 
 DTYPES = {
     "BOOL": np.bool_, "U8": np.uint8, "I8": np.int8, "U16": np.uint16, "I16": np.int16, "U32": np.uint32, "I32": np.int32,
@@ -26,7 +27,6 @@ DTYPES = {
 HEADER_LIMIT = 1 << 25  # bytes; the largest published headers have about a tenth of that
 ENTRY_LIMIT = 512  # characters of a tensor's name, and of what describes it
 RANK_LIMIT = 8
-KEPT = 1 << 26  # bytes of the file that may stay in this process's memory after they were read
 
 # One entry of a header. What it cannot match (lists of lists of lists, ...) is refused before JSON would build it.
 _STRING = r'"(?:[^"\\\x00-\x1f]|\\(?:["\\/bfnrt]|u[0-9a-fA-F]{4}))*+"'
@@ -168,18 +168,11 @@ def open_tensors(paths: Sequence[Path]) -> tuple[dict[str, tuple[int, ...]], Cal
     for path in map(Path, paths):
         with path.open("rb") as file:
             maps[path] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    resident = 0
+    touch = releaser(maps.values())
 
     def read(name: str) -> np.ndarray:
-        nonlocal resident
         path, tensor = tensors[name]
-        # Pages that were read count as this process's memory until they are given back; what is still in use of them
-        # comes back from the system's cache. A count that threads race for is near enough.
-        resident += tensor.stop - tensor.start
-        if resident > KEPT and hasattr(mmap, "MADV_DONTNEED"):
-            resident = tensor.stop - tensor.start
-            for mapped in maps.values():
-                mapped.madvise(mmap.MADV_DONTNEED)
+        touch(tensor.stop - tensor.start)
         whole = np.frombuffer(maps[path], np.uint8)
         if len(whole) < tensor.stop:
             raise CheckpointError(f"{path}: tensor {name!r}: the file was cut short since it was opened")
