@@ -71,6 +71,7 @@ def test_a_copy_that_changes_nothing_loads(tmp_path):
         ("tokenizer.ggml.model", ("t5", STRING, None), ["tokenizer model", "t5"]),
         ("llama.rope.dimension_count", (99, UINT, None), ["rope.dimension_count", "head size"]),
         ("llama.vocab_size", (7, UINT, None), ["vocab_size", "7"]),
+        ("llama.attention.value_length", (99, UINT, None), ["attention.value_length", "head size"]),
     ],
 )
 def test_metadata_that_is_not_understood_is_refused_by_name(tmp_path, key, value, words):
@@ -116,6 +117,41 @@ def test_every_number_of_every_tensor_is_used_once():
     del source.shapes["blk.0.attn_k.weight"], source.shapes["blk.1.attn_k.weight"], source.shapes["blk.2.attn_k.weight"]
     with pytest.raises(CheckpointError, match=r"blk.0.attn_v.weight has shape .* but the model takes \d+ numbers from it"):
         convert.match(source._replace(table=table))
+
+
+def test_a_tensor_larger_than_what_is_taken_from_it_is_refused():
+    source, _ = loading.open_model(SAMPLE)
+    rows, width = source.shapes["blk.0.attn_k.weight"]
+    grown = {**source.shapes, "blk.0.attn_k.weight": (rows + 1, width)}
+    with pytest.raises(CheckpointError, match=rf"blk.0.attn_k.weight has shape .* takes {rows * width} numbers"):
+        convert.match(source._replace(shapes=grown))
+
+
+def test_two_names_that_differ_in_a_prefix_only_are_refused():
+    source, _ = loading.open_model(SAMPLE)
+    doubled = {**source.shapes, "model.output_norm.weight": source.shapes["output_norm.weight"]}
+    with pytest.raises(CheckpointError, match="two tensors have one name"):
+        convert.match(source._replace(shapes=doubled, prefixes=(("model.", ""),)))
+
+
+def test_an_unembedding_beside_a_tied_embedding_must_be_equal_to_it():
+    source, _ = loading.open_model(SAMPLE)
+    embed = source.read("token_embd.weight")
+    both = source._replace(shapes={**source.shapes, "output.weight": embed.shape}, read=lambda name: embed)
+    assert ("unembed", -1) not in convert.match(both)
+    other = both._replace(read=lambda name: embed + (name == "output.weight"))
+    with pytest.raises(CheckpointError, match=r"output\.weight differs from the embedding"):
+        convert.match(other)
+
+
+def test_more_tokens_than_the_embedding_has_rows_are_refused(tmp_path):
+    def change(meta):
+        for key, more in (("tokens", "<one too many>"), ("token_type", 3)):
+            values, kind, element = meta[f"tokenizer.ggml.{key}"]
+            meta[f"tokenizer.ggml.{key}"] = ([*values, more], kind, element)
+
+    rows = loading.open_model(SAMPLE)[0].config.vocab_size
+    refused(rewrite(SAMPLE, tmp_path / "many.gguf", change), f"tokenizer has {rows + 1} tokens", str(rows))
 
 
 @hypothesis.given(st.floats(0.0, 0.999), st.integers(0, 2**31))

@@ -6,6 +6,7 @@ import pathlib
 import numpy as np
 import pytest
 
+import jaxemo
 from jaxemo import EmotionVectors, cli
 
 MODEL = str(pathlib.Path(__file__).parent / "golden" / "gqa_tied.gguf")
@@ -38,6 +39,14 @@ def test_generate_is_steered_and_read(capsys, vectors):
     same = run(capsys, *common, "--vectors", vectors, "--steer", "glad=0")[1]
     steered = run(capsys, *common, "--vectors", vectors, "--steer", "glad=30", "--layers", "0-2", "--read")[1]
     assert same == plain and not steered.startswith(plain.rstrip("\n")) and "glad +" in steered
+
+
+def test_steer_has_the_librarys_unit_layers_and_tokens(capsys, vectors):
+    common = ("generate", MODEL, "--raw", "-p", "one two", "-n", "6", "--vectors", vectors, "--tokens", "generated")
+    lm, held = jaxemo.load(MODEL), EmotionVectors.load(vectors)
+    want = [lm.generate("one two", held.steer("glad", s, [1], "generated"), 6).texts[0] for s in (0, 6)]
+    got = [run(capsys, *common, "--layers", "1", "--steer", f"glad={s}")[1].rstrip("\n") for s in (0, 6)]
+    assert got == want and want[0] != want[1]
 
 
 def test_chat_goes_on_until_an_empty_line(capsys, monkeypatch):

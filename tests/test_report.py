@@ -198,6 +198,14 @@ def test_the_table_holds_the_numbers_of_the_test(parsed, results):
     (best,) = parsed.all("tr", "best")
     for part in ("0.25 (best)", "4 of 4", "2 of 4", "+0.65", "+0.30 ± 0.22", page.signed(t.others[1].mean())):
         assert part in best["text"], part
+    assert f"(best){t.dose[1].mean():.2f}4 of 4" in best["text"]  # the dose stands between them
+
+
+def test_every_plot_of_the_test_shows_the_random_directions(results):
+    t = results.test
+    whole = page.test_plots(t)
+    without = page.test_plots(dataclasses.replace(t, random=0 * t.random - 9, random_facts=0 * t.random_facts - 9))
+    assert all(whole[name] != without[name] for name in ("words", "facts", "bars"))
 
 
 def test_the_interval_is_that_of_scipy():
