@@ -189,7 +189,10 @@ def _plain(name: str, prefixes: tuple[tuple[str, str], ...]) -> str:
 def as_dtype(dtype) -> np.dtype:
     """The NumPy type (bfloat16 included) of a name such as "bf16", "bfloat16", "fp32", or of any JAX dtype."""
     name = {"bf16": "bfloat16", "fp32": "float32", "f32": "float32"}.get(dtype, dtype)
-    found = jnp.dtype(name)
+    try:
+        found = jnp.dtype(name)
+    except TypeError:
+        found = None
     if found not in (jnp.dtype(jnp.float32), jnp.dtype(jnp.bfloat16)):
         raise ValueError(f"dtype {dtype!r} is not supported; use float32 or bfloat16")
     return found

@@ -97,6 +97,8 @@ def resolve(config: ModelConfig, capture: Capture, batch: TokenBatch, new_tokens
     if not counts and not capture.dose:
         raise ValueError("this Capture asks for nothing")
     directions = capture.directions
+    if directions is not None and not capture.scores:
+        raise ValueError("this Capture has directions but asks for no scores on them")
     if capture.scores and (directions is None or np.ndim(directions) != 3 or directions.shape[::2] != (L, D)):
         shape = "none" if directions is None else list(np.shape(directions))
         raise ValueError(f"Capture(scores=...) needs directions [L={L}, E, D={D}], got {shape}")

@@ -149,6 +149,8 @@ class LanguageModel:
         `logits` is "all" positions, each row's "last" token, or None. Compiles once for each shape, for having or not
         having steering, and for the kinds of capture; never for their values.
         """
+        if logits not in ("all", "last", None):
+            raise ValueError(f"logits={logits!r}; expected 'all', 'last' or None")
         batch = self._batch(batch)
         interventions = None if steering is None else steering_lib.resolve(self.config, steering, batch)
         probes = None if capture is None else capture_lib.resolve(self.config, capture, batch)
@@ -222,8 +224,10 @@ class LanguageModel:
         """
         batch = self._batch(prompts)
         B, _T = batch.ids.shape
-        if max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens is {max_new_tokens}; it must be at least 1")
+        if not isinstance(max_new_tokens, int | np.integer) or max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens is {max_new_tokens!r}; it must be a whole number, at least 1")
+        if layer is not None and read is None:
+            raise ValueError(f"layer={layer} says where to read, but there is nothing to read: give read=")
         if batch.lengths.max() + max_new_tokens > self.config.max_positions:
             raise ValueError(f"{batch.lengths.max()} prompt tokens and {max_new_tokens} new ones exceed the model's "
                              f"{self.config.max_positions} positions")  # fmt: skip
@@ -298,6 +302,8 @@ class LanguageModel:
             stop = self._tokenizer.stop_ids if self._tokenizer is not None else ()
         ids, texts = [], []
         for item in [stop] if isinstance(stop, str | int) else stop:
+            if isinstance(item, bool) or not isinstance(item, str | int | np.integer):
+                raise TypeError(f"stop={stop!r}: {item!r} is neither a token id nor a text")
             if isinstance(item, str):
                 special = self.tokenizer.backend.token_to_id(item)
                 if not item:

@@ -35,7 +35,10 @@ def resolve_layers(layers: str | int | Sequence[int], n_layers: int) -> tuple[in
         if layers != "all":
             raise ValueError(f"layers={layers!r}; expected 'all' or layer numbers")
         return tuple(range(n_layers))
-    numbers = [int(i) for i in (np.atleast_1d(np.asarray(layers, object)))]
+    given = np.atleast_1d(np.asarray(layers, object)).tolist()
+    if not all(isinstance(i, int | np.integer) and not isinstance(i, bool) for i in given):
+        raise ValueError(f"layers={layers!r}; expected 'all' or layer numbers")
+    numbers = [int(i) for i in given]
     if not numbers:
         raise ValueError("no layers given: this would do nothing")
     for i in numbers:
@@ -196,6 +199,9 @@ def resolve(
     changes keep the shape. Raises ValueError for a wrong number of rows, a direction of another model's size, or a
     selection that names no token of its row.
     """
+    if isinstance(steering, str) or not (steering is None or isinstance(steering, Steering | Sequence)):
+        raise TypeError(f"steering is {type(steering).__name__}, not a Steering (as `vectors.steer(name, strength)` makes one) or a "
+                        "list with one (or None) a row")  # fmt: skip
     lengths = [int(n) for n in np.asarray(batch.lengths)]
     rows = [steering] * len(lengths) if steering is None or isinstance(steering, Steering) else list(steering)
     if len(rows) != len(lengths):

@@ -333,6 +333,8 @@ def encode(
     def is_chat(value: Any) -> bool:
         return isinstance(value, list | tuple) and bool(value) and isinstance(value[0], dict)
 
+    if isinstance(inputs, dict) or not hasattr(inputs, "__iter__"):
+        raise TypeError(f"{type(inputs).__name__} is neither a text, nor a chat (a list of role/content turns), nor a list of them")
     rows: list[Any] = [inputs] if isinstance(inputs, str) or is_chat(inputs) else list(inputs)
     encoded: list[list[int]] = []
     for i, row in enumerate(rows):

@@ -417,3 +417,25 @@ def test_equal_directions_share_a_slot_and_slots_come_in_powers_of_two():
 
     assert slots([add(POOL[0], 1.0), add(POOL[0], 2.0, [1]), ablate(POOL[0])]) == 4
     assert slots([sum((add(v, 1.0) for v in POOL), Steering()), None, None]) == 8
+
+
+def test_what_would_do_nothing_or_something_else_is_refused(tiny):
+    """Each of these once went through: as the wrong layer, as two texts, or as if it had not been said."""
+    ids = np.arange(6)[None]
+    with pytest.raises(ValueError, match=r"20\.5"):
+        steering.add(np.ones((30, 8)), 1.0, [20.5])
+    for wrong in ("desperate", 3):
+        with pytest.raises(TypeError, match=f"steering is {type(wrong).__name__}"):
+            tiny.forward(ids, steering=wrong)
+    with pytest.raises(TypeError, match="dict is neither a text"):
+        jaxemo.tokens.encode(None, {"role": "user", "content": "hi"})
+    with pytest.raises(ValueError, match="logits='none'"):
+        tiny.forward(ids, logits="none")
+    with pytest.raises(ValueError, match="nothing to read"):
+        tiny.generate(ids, layer=1, max_new_tokens=2)
+    with pytest.raises(ValueError, match=r"max_new_tokens is 4\.0"):
+        tiny.generate(ids, max_new_tokens=4.0)
+    with pytest.raises(TypeError, match=r"5\.5 is neither"):
+        tiny.generate(ids, stop=[5.5], max_new_tokens=2)
+    with pytest.raises(ValueError, match="asks for no scores"):
+        tiny.forward(ids, capture=jaxemo.Capture(raw={"resid_post": [0]}, directions=np.ones((3, 1, 32), np.float32)))

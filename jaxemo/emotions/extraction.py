@@ -43,6 +43,8 @@ def extract(
     Raises ValueError for fewer than two emotions, a text of no more than `skip` tokens, or no neutral texts to denoise with.
     """
     corpus = corpus or corpus_lib.shipped()
+    if not isinstance(corpus, corpus_lib.Corpus):
+        raise TypeError(f"corpus is {type(corpus).__name__}, not a Corpus; `jaxemo.emotions.corpus.load(path)` reads one")
     names = corpus.emotions
     if len(names) < 2:
         raise ValueError(
