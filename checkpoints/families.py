@@ -486,6 +486,7 @@ def _gemma3(k: Keys) -> dict[str, Any]:
         for name, value in (("vocab_size", 262208), ("num_attention_heads", 8), ("max_position_embeddings", 131072)):
             if name not in k:
                 k.set(name, value)
+        _insist(k)
         fields = _gemma2(k, 3)
         k.finish(INERT)
         return fields
@@ -676,6 +677,11 @@ ONLY = {
 }  # fmt: skip
 
 
+def _insist(keys: Keys) -> None:
+    for key, allowed in ONLY.items():
+        keys.insist(key, *allowed)
+
+
 def config_from_hf(where: str, raw: Mapping[str, Any], names: Mapping[str, str] | None = None) -> ModelConfig:
     """The ModelConfig that a `config.json` describes. Raises CheckpointError, naming `where` and the key at fault.
 
@@ -689,8 +695,7 @@ def config_from_hf(where: str, raw: Mapping[str, Any], names: Mapping[str, str] 
     quantised = keys("quantization_config", None)
     if name == "gpt_oss" and isinstance(quantised, dict) and quantised.get("quant_method") == "mxfp4":
         keys.set("quantization_config", None)
-    for key, allowed in ONLY.items():
-        keys.insist(key, *allowed)
+    _insist(keys)
     fields = FAMILIES[name].config(keys)
     keys.finish(INERT)
     return build(where, name.removesuffix("_text"), fields)

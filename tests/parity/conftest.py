@@ -51,3 +51,11 @@ def oracle_tokenizer(peer_tokenizer, smollm_pre_tokenizer):
     tokenizer = copy.deepcopy(peer_tokenizer)
     tokenizer.backend_tokenizer.pre_tokenizer = smollm_pre_tokenizer
     return tokenizer
+
+
+def pytest_sessionfinish(session, exitstatus):
+    """A whole and successful run writes the table of what was checked."""
+    import checked
+
+    if exitstatus == 0 and {form for _, form in checked.RESULTS} == set(checked.FORMATS):
+        checked.write()
