@@ -482,7 +482,10 @@ def _gemma3(k: Keys) -> dict[str, Any]:
     if "text_config" in k:
         inner = k("text_config")
         k.ignore("vision_config", "boi_token_index", "eoi_token_index", "image_token_index", "mm_tokens_per_image")
+        tied = k.flag("tie_word_embeddings", True)
         k = Keys(k.where, inner, "text_config")
+        if "tie_word_embeddings" not in k:
+            k.set("tie_word_embeddings", tied)
         for name, value in (("vocab_size", 262208), ("num_attention_heads", 8), ("max_position_embeddings", 131072)):
             if name not in k:
                 k.set(name, value)

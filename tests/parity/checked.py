@@ -5,8 +5,6 @@ from typing import NamedTuple
 
 import torch
 import transformers
-
-import jaxemo
 from jaxemo.checkpoints import families, families_gguf
 
 TABLE = pathlib.Path(__file__).parent.parent.parent / "docs" / "families.md"

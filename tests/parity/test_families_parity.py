@@ -14,7 +14,7 @@ from jaxemo import Capture
 from jaxemo import tokens as tokens_lib
 
 sys.path.insert(0, str(test_families.GOLDEN))
-import make_families  # noqa: E402
+import make_families
 
 BOUND = test_families.BOUND
 SAME = 1e-5  # of transformers' results on this machine and on the one that made the files
