@@ -1,8 +1,12 @@
 """GGUF files that are damaged or not understood are refused by name."""
 
 import pathlib
+import random
+import runpy
 import shutil
+import sys
 
+import fuzz_configs
 import gguf
 import hypothesis
 import hypothesis.strategies as st
@@ -12,6 +16,7 @@ import pytest
 from jaxemo.checkpoints import CheckpointError, convert, loading
 
 import jaxemo
+from jaxemo import checkpoints
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 SAMPLE = GOLDEN / "gqa_tied.gguf"
@@ -196,3 +201,24 @@ def test_loading_does_not_alias_the_file(tmp_path):
     with path.open("r+b") as file:
         file.write(bytes(path.stat().st_size))
     assert np.array_equal(before, lm.forward("one two").logits)
+
+
+def test_damaged_configurations_are_refused_or_load():
+    """Some of the cases that tests/fuzz_configs.py has without end; anything but a CheckpointError comes through."""
+    rng, given = random.Random(0), fuzz_configs.samples()
+    loaded = 0
+    for _ in range(200):
+        config, shapes = rng.choice(given)
+        loaded += fuzz_configs.attempt(fuzz_configs.mutate(rng, config, [config for config, _ in given]), shapes)
+        fuzz_configs.attempt_gguf(fuzz_configs.mutate(rng, fuzz_configs.META, [fuzz_configs.META]))
+    assert 20 < loaded < 180
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("stacked", [False, True])
+def test_loading_holds_little_more_than_the_model(stacked):
+    """Resident memory while the real model loads, mapped file included, in a process of its own."""
+    script = runpy.run_path(str(GOLDEN.parent.parent / "bench" / "loading.py"))
+    found = script["run"](script["OURS"], str(checkpoints.pull("smollm2-135m")), "float32", stacked)
+    print(found)
+    assert found["peak"] <= 1.3
