@@ -39,7 +39,9 @@ def watched(load):
     thread.join()
     return kept, seconds, peak[0] - base
 """
-OURS = MEASURE + """
+OURS = (
+    MEASURE
+    + """
 import jax, jax.numpy as jnp, jaxemo, jaxemo.checkpoints.loading, jaxemo.checkpoints.gguf
 from jaxemo.checkpoints import huggingface
 name, dtype, stacked = json.loads(sys.argv[1])
@@ -48,7 +50,10 @@ lm, seconds, peak = watched(lambda: jaxemo.load(name, dtype=dtype, stacked=stack
 size = sum(leaf.nbytes for leaf in jax.tree.leaves(lm.params))
 print(json.dumps({"seconds": seconds, "peak": peak / size, "megabytes": size / 1e6}))
 """
-PEER = MEASURE + """
+)
+PEER = (
+    MEASURE
+    + """
 import os
 os.environ["HF_HUB_OFFLINE"] = "1"
 import pathlib, torch, transformers
@@ -63,6 +68,7 @@ def load():
 size = sum(p.numel() * p.element_size() for p in model.parameters())
 print(json.dumps({"seconds": seconds, "peak": peak / size, "megabytes": size / 1e6}))
 """
+)
 
 
 def run(script: str, *given) -> dict:

@@ -140,15 +140,10 @@ def match(source: Source) -> dict[Key, tuple[Entry, list[str]]]:
     found: dict[Key, tuple[Entry, list[str]]] = {}
     filled: dict[str, int] = {}  # how many numbers of the model each tensor gives
     for name, i in wanted:
-        entry, names = None, []
         options = source.table[name]
-        for entry in (options,) if isinstance(options, Entry) else options:
-            first = entry.source.replace("{i}", str(i))
-            names = [first.replace("{x}", str(x)) for x in range(config.n_experts)] if "{x}" in first else [first]
-            if names[0] in shapes:
-                break
-        else:
-            entry = options if isinstance(options, Entry) else options[0]
+        options = (options,) if isinstance(options, Entry) else options
+        alternatives = [(option, sources(option, i, config.n_experts)) for option in options]
+        entry, names = next((one for one in alternatives if one[1][0] in shapes), alternatives[0])
         missing = [n for n in names if n not in shapes]
         faults += [f"tensor {n} is missing" for n in missing]
         leaf = described[name] if i < 0 else described["layers"][i][name]
@@ -158,24 +153,30 @@ def match(source: Source) -> dict[Key, tuple[Entry, list[str]]]:
         found[name, i] = entry, [shapes.get(n, n) for n in names]
         if len(faults) > 100:
             break
-    if config.tie_embeddings and isinstance(entry := source.table.get("unembed"), Entry) and entry.source in left:
+    unembed, embed = source.table.get("unembed"), found.get(("embed", -1))
+    if config.tie_embeddings and isinstance(unembed, Entry) and unembed.source in left and embed:
         # Written out all the same by some; then it must be what the model will use.
-        embed = source.table["embed"]
-        assert isinstance(embed, Entry)
-        a, b = (source.read(shapes[n]) if n in shapes else None for n in (entry.source, embed.source))
-        if a is not None and b is not None and np.array_equal(a, b):
-            left.discard(entry.source)
-        else:
-            faults.append(f"tensor {entry.source} differs from the embedding, which the configuration ties it to")
-            left.discard(entry.source)
+        left.discard(unembed.source)
+        if embed[1][0] in source.shapes and not np.array_equal(
+            source.read(shapes[unembed.source]), source.read(embed[1][0])
+        ):
+            faults.append(f"tensor {unembed.source} differs from the embedding, which the configuration ties it to")
     faults += [f"tensor {name} is not known" for name in sorted(left)]
     for name, size in filled.items():  # known before any memory is asked for
         if name in shapes and math.prod(source.shapes[shapes[name]]) != size:
-            faults.append(f"tensor {name} has shape {list(source.shapes[shapes[name]])}, but the model takes {size} numbers from it")
+            faults.append(
+                f"tensor {name} has shape {list(source.shapes[shapes[name]])}, but the model takes {size} numbers from it"
+            )
     if faults:
         more = f"; and {len(faults) - 8} more" if len(faults) > 8 else ""
         raise CheckpointError(f"{source.where}: " + "; ".join(faults[:8]) + more)
     return found
+
+
+def sources(entry: Entry, layer: int, n_experts: int) -> list[str]:
+    """The names of the tensors that an entry asks for in one layer."""
+    name = entry.source.replace("{i}", str(layer))
+    return [name.replace("{x}", str(x)) for x in range(n_experts)] if "{x}" in name else [name]
 
 
 def _plain(name: str, prefixes: tuple[tuple[str, str], ...]) -> str:

@@ -673,7 +673,7 @@ INERT = frozenset({
     "use_flash_attn",
 })  # fmt: skip
 # Keys that may stand there only with one of these values.
-ONLY = {
+ONLY: dict[str, tuple[Any, ...]] = {
     "is_encoder_decoder": (False,), "add_cross_attention": (False,), "is_decoder": (False, True),
     "use_bidirectional_attention": (False,), "rope_interleaved": (False,), "tie_encoder_decoder": (False,),
     "pruned_heads": ({},), "quantization_config": (), "cross_attention_hidden_size": (), "use_mrope": (False,),

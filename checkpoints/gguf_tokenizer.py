@@ -24,7 +24,7 @@ END_OF_TURN = frozenset({
 })  # fmt: skip
 
 
-def ends_of_turn(special: Iterable[str]) -> set[str]:
+def ends_of_turn(special: Iterable[str]) -> frozenset[str]:
     """Those of a model's special tokens that end an answer, whatever else it names."""
     ends = END_OF_TURN & set(special)
     # In the Harmony format <|end|> ends a message, and the answer may go on with another one.
@@ -180,7 +180,9 @@ def build_tokenizer(where: str, meta: Mapping[str, Any]) -> Tokenizer:
     template = meta.get("tokenizer.chat_template")
     if not isinstance(template, str | None):
         raise CheckpointError(f"{where}: tokenizer.chat_template is not a text")
-    return Tokenizer(backend, bos=bos, eos=eos, prefix=[bos] if add_bos else [], chat_template=template, stop_ids=sorted(stop_ids))
+    return Tokenizer(
+        backend, bos=bos, eos=eos, prefix=[bos] if add_bos else [], chat_template=template, stop_ids=sorted(stop_ids)
+    )
 
 
 _REQUIRED = object()

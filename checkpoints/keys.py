@@ -107,4 +107,6 @@ class Keys:
     def finish(self, inert: Iterable[str] = ()) -> None:
         """Refuse every key that was neither read nor is known to leave the computation alone."""
         if unknown := sorted(self._left - set(inert)):
-            raise CheckpointError(f"{self.where}: unknown {self.what} keys {', '.join(self.names.get(name, name) for name in unknown)}")
+            raise CheckpointError(
+                f"{self.where}: unknown {self.what} keys {', '.join(self.names.get(name, name) for name in unknown)}"
+            )

@@ -1,7 +1,7 @@
 """Open whatever a path names: a Hugging Face directory, a store that `jaxemo convert` wrote, or a GGUF file."""
 
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import ml_dtypes
 import numpy as np
@@ -35,6 +35,7 @@ def open_directory(path: pathlib.Path) -> tuple[Source, Tokenizer | None]:
     raw = huggingface.read_config(path)
     config = families.config_from_hf(str(path / "config.json"), raw)
     family = families.FAMILIES[raw["model_type"]]
+    shapes: Mapping[str, tuple[int, ...]]
     shapes, read = safetensors.open_tensors(huggingface.weight_files(path))
     if raw.get("quantization_config"):  # config_from_hf has refused all but MXFP4
         shapes, read = mxfp4.unpacked(str(path), shapes, read)

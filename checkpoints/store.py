@@ -126,10 +126,10 @@ def _config(where: str, raw) -> ModelConfig:
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise CheckpointError(f"{where}: attention: {error}") from error
     plain = {key: tuples(value) for key, value in raw.items() if key not in ("family", "attention")}
+    plain_types = {"int": int, "float": (int, float), "bool": bool, "str": str}
     for field in dataclasses.fields(ModelConfig):
-        wanted = {"int": int, "float": (int, float), "bool": bool, "str": str}.get(str(field.type))
-        wanted = wanted or {int: int, float: (int, float), bool: bool, str: str}.get(field.type)
-        if wanted and not isinstance(raw[field.name], wanted):
+        name = field.type if isinstance(field.type, str) else field.type.__name__
+        if not isinstance(raw[field.name], plain_types.get(name, object)):  # type: ignore[arg-type]
             raise CheckpointError(f"{where}: config.{field.name} is {raw[field.name]!r}")
     return build(where, str(raw["family"]), plain | {"attention": kinds})
 

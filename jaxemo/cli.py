@@ -9,7 +9,9 @@ import sys
 import time
 
 COMPILE_CACHE = "compiled"  # under the cache directory
-MODEL = "registered name (by default smollm2-135m), .gguf file, directory, or ORG/NAME[:FILE.gguf] on the Hugging Face hub"
+MODEL = (
+    "registered name (by default smollm2-135m), .gguf file, directory, or ORG/NAME[:FILE.gguf] on the Hugging Face hub"
+)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -244,7 +244,15 @@ class LanguageModel:
 
         room = tokens_lib.bucket(max_new_tokens, 16)
         state = generate.prefill(
-            self.config, self.params, batch.ids, batch.lengths, sampling, interventions, probes, np.int32(max_new_tokens), room
+            self.config,
+            self.params,
+            batch.ids,
+            batch.lengths,
+            sampling,
+            interventions,
+            probes,
+            np.int32(max_new_tokens),
+            room,
         )
         shown = [0] * B
         pace = 1 if stream else 16 if stop_texts else max_new_tokens

@@ -8,6 +8,7 @@ and cache slot of a token are the same number.
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import flax.struct
@@ -131,12 +132,15 @@ def attention(config: ModelConfig, weights, x, positions, rotation, window, past
     p = jax.nn.softmax(jnp.concatenate(parts, axis=-1)).astype(v.dtype)
     bounds = np.cumsum([part.shape[-1] for part in parts])[:-1]
     # The sinks' share of p has no values to mix.
-    mixed = sum(einsum("bkgts,bskh->btkgh", p, v) for p, v in zip(jnp.split(p, bounds, axis=-1), values, strict=False))
+    shares = jnp.split(p, bounds, axis=-1)
+    mixed = einsum("bkgts,bskh->btkgh", shares[0], values[0])
+    for share, value in zip(shares[1:], values[1:], strict=False):
+        mixed = mixed + einsum("bkgts,bskh->btkgh", share, value)
     return project("btnh,nhd->btd", mixed.reshape(B, T, K * G, H), weights, "wo"), (k, v)
 
 
 # How an MLP's hidden units are made from its one or two projections.
-ACTIVATIONS = {
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "silu": jax.nn.silu,
     "gelu": functools.partial(jax.nn.gelu, approximate=False),
     "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
@@ -179,7 +183,10 @@ def experts(config: ModelConfig, weights, x):
 
 def grouped(expert, counts, _spec, x, weights, name):
     """Row i of `x [n, in]` times the matrix `[X, in, out][expert[i]]`; `expert [n]` is sorted, `counts [X]` its counts."""
-    w, precision = full(weights[name], x.dtype), lax.Precision.HIGHEST if x.dtype == jnp.float32 else lax.Precision.DEFAULT
+    w, precision = (
+        full(weights[name], x.dtype),
+        lax.Precision.HIGHEST if x.dtype == jnp.float32 else lax.Precision.DEFAULT,
+    )
 
     def blocks(x, w):  # XLA:CPU would multiply every row with every expert
         n, X, b = len(x), len(counts), 32

@@ -228,9 +228,7 @@ class Tokenizer:
     special tokens (`{"pad_token": "<pad>"}`), a user whatever else a template reads.
     """
 
-    def __init__(
-        self, backend, *, bos=None, eos=None, prefix=(), chat_template=None, stop_ids=(), template_vars=None
-    ):
+    def __init__(self, backend, *, bos=None, eos=None, prefix=(), chat_template=None, stop_ids=(), template_vars=None):
         if backend.post_processor is not None and b'"trim_offsets":true' in backend.post_processor.__getstate__():
             # It would place special tokens, which are not asked for here, and take white space out of tokens' offsets.
             backend.post_processor = None
@@ -278,7 +276,9 @@ class Tokenizer:
 
     def _render(self, chat, add_generation_prompt, now=None, deadline=None) -> str:
         if not self.chat_template:
-            raise ValueError("this model has no chat template; give plain texts instead of chats (`--raw` on the command line)")
+            raise ValueError(
+                "this model has no chat template; give plain texts instead of chats (`--raw` on the command line)"
+            )
         for turn in chat:
             if not isinstance(turn, dict) or set(turn) != {"role", "content"}:
                 raise ValueError(f"a chat is a list of {{'role': ..., 'content': ...}}, not {turn!r}")
@@ -334,7 +334,9 @@ def encode(
         return isinstance(value, list | tuple) and bool(value) and isinstance(value[0], dict)
 
     if isinstance(inputs, dict) or not hasattr(inputs, "__iter__"):
-        raise TypeError(f"{type(inputs).__name__} is neither a text, nor a chat (a list of role/content turns), nor a list of them")
+        raise TypeError(
+            f"{type(inputs).__name__} is neither a text, nor a chat (a list of role/content turns), nor a list of them"
+        )
     rows: list[Any] = [inputs] if isinstance(inputs, str) or is_chat(inputs) else list(inputs)
     encoded: list[list[int]] = []
     for i, row in enumerate(rows):

@@ -47,7 +47,9 @@ def mutate(rng: random.Random, config: dict, others: list[dict]) -> dict:
             name = rng.choice(list(other))
             table[name] = copy.deepcopy(other[name])
         elif how == 3 and isinstance(table[name], int | float) and not isinstance(table[name], bool):
-            table[name] = rng.choice([table[name] + 1, table[name] * 2, -table[name], table[name] // 3, str(table[name])])
+            table[name] = rng.choice(
+                [table[name] + 1, table[name] * 2, -table[name], table[name] // 3, str(table[name])]
+            )
         else:
             table[name] = copy.deepcopy(rng.choice(ODD))
         if not table:

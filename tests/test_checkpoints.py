@@ -102,7 +102,10 @@ def test_unknown_missing_and_misshapen_tensors_are_named_together(tmp_path):
 
     path = rewrite(SAMPLE, tmp_path / "odd.gguf", change_tensors=change)
     refused(
-        path, "blk.0.attn_q.scale is not known", "blk.99.attn_norm.weight is not known", "blk.1.ffn_up.weight is missing"
+        path,
+        "blk.0.attn_q.scale is not known",
+        "blk.99.attn_norm.weight is not known",
+        "blk.1.ffn_up.weight is missing",
     )
 
     def cut(tensors):
@@ -120,7 +123,9 @@ def test_every_number_of_every_tensor_is_used_once():
         convert.match(source._replace(table=table))
     assert "tensor blk.0.attn_k.weight is not known" in str(caught.value)
     del source.shapes["blk.0.attn_k.weight"], source.shapes["blk.1.attn_k.weight"], source.shapes["blk.2.attn_k.weight"]
-    with pytest.raises(CheckpointError, match=r"blk.0.attn_v.weight has shape .* but the model takes \d+ numbers from it"):
+    with pytest.raises(
+        CheckpointError, match=r"blk.0.attn_v.weight has shape .* but the model takes \d+ numbers from it"
+    ):
         convert.match(source._replace(table=table))
 
 

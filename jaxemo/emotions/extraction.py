@@ -44,7 +44,9 @@ def extract(
     """
     corpus = corpus or corpus_lib.shipped()
     if not isinstance(corpus, corpus_lib.Corpus):
-        raise TypeError(f"corpus is {type(corpus).__name__}, not a Corpus; `jaxemo.emotions.corpus.load(path)` reads one")
+        raise TypeError(
+            f"corpus is {type(corpus).__name__}, not a Corpus; `jaxemo.emotions.corpus.load(path)` reads one"
+        )
     names = corpus.emotions
     if len(names) < 2:
         raise ValueError(

@@ -11,8 +11,8 @@ import pytest
 from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 
-from jaxemo.config import Attention, Rope
 from jaxemo import Capture, ModelConfig, Steering, TokenBatch, capture, generate, model, params, steering
+from jaxemo.config import Attention, Rope
 
 SMOLLM2 = ModelConfig("llama", 49152, 576, 30, 9, 3, 64, 1536, 8192, attention=(Attention(Rope(64, 1e5)),))
 LLAMA_8B = ModelConfig("llama", 128256, 4096, 32, 32, 8, 128, 14336, 8192, False, (Attention(Rope(128, 5e5)),))
