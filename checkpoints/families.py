@@ -235,7 +235,7 @@ GPT_NEOX = {
 # ---- configurations --------------------------------------------------------------------------------------------------
 
 ACTIVATIONS = {
-    "silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh",
+    "silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_fast": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh",
     "relu": "relu", "relu2": "relu_squared",
 }  # fmt: skip
 FULL, SLIDING = "full_attention", "sliding_attention"
@@ -665,7 +665,7 @@ INERT = frozenset({
     "attn_pdrop", "auto_map", "bos_token_id", "chunk_size_feed_forward", "classifier_dropout",
     "decoder_start_token_id", "dtype", "embd_pdrop", "embedding_dropout", "eos_token_id", "finetuning_task",
     "gradient_checkpointing", "hidden_dropout", "id2label", "initializer_range", "is_llama_config", "label2id",
-    "model_type", "output_attentions", "output_hidden_states", "output_router_logits", "pad_token_id", "prefix",
+    "model_type", "output_attentions", "output_hidden_states", "output_past", "output_router_logits", "pad_token_id", "prefix",
     "pretraining_tp", "problem_type", "resid_pdrop", "residual_dropout", "return_dict", "router_aux_loss_coef",
     "router_jitter_noise", "sep_token_id", "summary_activation", "summary_first_dropout", "summary_proj_to_labels",
     "summary_type", "summary_use_proj", "task_specific_params", "tokenizer_class", "torch_dtype", "torchscript",
