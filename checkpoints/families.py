@@ -250,6 +250,7 @@ def _attention(
     partial: float = 1.0,
     local_theta: float | None = None,
     window: int | None = None,
+    default_window: int = 0,
     no_rope: Callable[[int, str], bool] = lambda i, kind: False,
 ) -> dict[str, Any]:
     """`n_layers`, `max_positions`, `attention` and `pattern`: which layers slide, and how each kind is rotated.
@@ -258,12 +259,13 @@ def _attention(
     `theta` and `partial` are the family's defaults.
     With `local_theta`, sliding layers have it as theta and no scaling, in configurations that describe one rope only.
     """
-    L, limit = k.whole("num_hidden_layers"), k.whole("max_position_embeddings", 2048)
+    L, limit = k.whole("num_hidden_layers"), k.whole("max_position_embeddings")
     if not 0 < L <= MOST_LAYERS or limit < 1:
         raise CheckpointError(f"{k.where}: {L} layers of up to {limit} positions cannot be")
     found = [FULL] * L
     if types:
-        window = k.whole("sliding_window", 0) if window is None else window
+        if window is None:  # null is none; where nothing is said, the family's
+            window = k.whole("sliding_window", 0 if k.has("sliding_window") else default_window)
         found = k("layer_types", None) or [types(i) for i in range(L)]
     if not isinstance(found, list) or len(found) != L or not all(kind in (FULL, SLIDING) for kind in found):
         raise k.fault("layer_types", f"expected {L} times {FULL} or {SLIDING}")
@@ -323,6 +325,7 @@ def _llama(
     tied: bool = False,
     eps: float = 1e-6,
     act: str = "hidden_act",
+    default_act: str = "silu",
     bias: tuple[str, ...] = (),
     qkv_bias: bool = False,
     **attention: Any,
@@ -345,12 +348,12 @@ def _llama(
         "vocab_size": k.whole("vocab_size"),
         "d_model": D,
         "n_heads": N,
-        "n_kv_heads": k.whole("num_key_value_heads", n_kv_heads or N),
+        "n_kv_heads": k.whole("num_key_value_heads", N if k.has("num_key_value_heads") else n_kv_heads or N),
         "head_dim": H,
         "d_ff": k.whole("intermediate_size"),
         "tie_embeddings": k.flag("tie_word_embeddings", tied),
         "norm_eps": k.positive("rms_norm_eps", eps),
-        "activation": k.one_of(act, ACTIVATIONS, "silu"),
+        "activation": k.one_of(act, ACTIVATIONS, default_act),
         "biases": tuple(biases),
         **_attention(k, H, **attention),
     }
@@ -368,9 +371,7 @@ def _qwen_window(k: Keys, all_layers: bool = False) -> dict[str, Any]:
 
 
 def _mistral(k: Keys) -> dict[str, Any]:
-    # A configuration without the key slides over 4096 tokens; one where it is null does not slide.
-    window = None if "sliding_window" in k else 0 if k.has("sliding_window") else 4096
-    return _llama(k, n_kv_heads=8, types=_all_slide, window=window)
+    return _llama(k, n_kv_heads=8, types=_all_slide, default_window=4096)
 
 
 def _smollm3(k: Keys) -> dict[str, Any]:
@@ -388,11 +389,11 @@ def _smollm3(k: Keys) -> dict[str, Any]:
 
 
 def _qwen2(k: Keys) -> dict[str, Any]:
-    return _llama(k, qkv_bias=True, **_qwen_window(k))
+    return _llama(k, qkv_bias=True, n_kv_heads=32, **_qwen_window(k))
 
 
 def _qwen3(k: Keys) -> dict[str, Any]:
-    return _llama(k, head_dim=128, **_qwen_window(k)) | {"qk_norm": "head"}
+    return _llama(k, head_dim=128, n_kv_heads=32, **_qwen_window(k)) | {"qk_norm": "head"}
 
 
 def _experts(k: Keys, *names: str, experts: int, active: int) -> dict[str, Any]:
@@ -406,7 +407,7 @@ def _qwen3_moe(k: Keys) -> dict[str, Any]:
     if k("mlp_only_layers", []) or k.whole("decoder_sparse_step", 1) != 1:
         raise k.fault("mlp_only_layers" if k("mlp_only_layers", []) else "decoder_sparse_step",
                       "a model that mixes dense and expert layers is not supported")  # fmt: skip
-    fields = _llama(k, **_qwen_window(k, all_layers=True)) | _experts(
+    fields = _llama(k, n_kv_heads=4, **_qwen_window(k, all_layers=True)) | _experts(
         k, "num_experts", "num_local_experts", experts=128, active=8
     )
     return fields | {
@@ -436,7 +437,7 @@ def _gpt_oss(k: Keys) -> dict[str, Any]:
         k.set("rope_scaling", scaling)
     if "attention_bias" not in k:
         k.set("attention_bias", True)
-    fields = _llama(k, head_dim=64, n_kv_heads=8, eps=1e-5, theta=150000.0,
+    fields = _llama(k, head_dim=64, n_kv_heads=8, eps=1e-5, theta=150000.0, default_window=128,
                     types=lambda i: FULL if i % 2 else SLIDING)  # fmt: skip
     fields |= _experts(k, "num_local_experts", experts=128, active=4)
     biases = (*fields["biases"], "router", "w_gate", "w_up", "w_down")
@@ -450,18 +451,18 @@ def _gpt_oss(k: Keys) -> dict[str, Any]:
 
 def _gemma(k: Keys) -> dict[str, Any]:
     k.ignore("hidden_act", "hidden_activation")  # Gemma 1 always takes the tanh form, whatever stands there
-    fields = _llama(k, head_dim=256, tied=True, act="")
+    fields = _llama(k, head_dim=256, n_kv_heads=16, tied=True, act="")
     return fields | {"activation": "gelu_tanh", "embed_scale": fields["d_model"] ** 0.5}
 
 
 def _gemma2(k: Keys, version: int = 2) -> dict[str, Any]:
     k.ignore("hidden_act", "cache_implementation", "sliding_window_size")
-    if "hidden_activation" not in k:
-        k.set("hidden_activation", "gelu_pytorch_tanh")
-    common: dict[str, Any] = {"head_dim": 256, "n_kv_heads": 4, "tied": True, "act": "hidden_activation"}
+    common: dict[str, Any] = {"head_dim": 256, "n_kv_heads": 4, "tied": True, "act": "hidden_activation",
+                              "default_act": "gelu_pytorch_tanh", "default_window": 4096}  # fmt: skip
     if version == 2:
         fields = _llama(k, **common, types=lambda i: FULL if i % 2 else SLIDING)
-        cap, logit_cap = k.number("attn_logit_softcapping", 0.0), k.number("final_logit_softcapping", 0.0)
+        caps = (("attn_logit_softcapping", 50.0), ("final_logit_softcapping", 30.0))
+        cap, logit_cap = (k.number(name, 0.0 if k.has(name) else default) for name, default in caps)
     else:
         period = max(k.whole("sliding_window_pattern", k.whole("_sliding_window_pattern", 6)), 1)
         fields = _llama(k, **common, types=lambda i: SLIDING if (i + 1) % period else FULL, theta=1e6, local_theta=1e4)
@@ -510,7 +511,9 @@ def _olmo2(k: Keys) -> dict[str, Any]:
 
 def _olmo3(k: Keys) -> dict[str, Any]:
     k.insist("rope_theta", 5e5)  # versions of transformers disagree on what another number means for sliding layers
-    fields = _llama(k, eps=1e-5, theta=5e5, local_theta=5e5, types=lambda i: SLIDING if (i + 1) % 4 else FULL)
+    fields = _llama(
+        k, eps=1e-5, theta=5e5, local_theta=5e5, default_window=4096, types=lambda i: SLIDING if (i + 1) % 4 else FULL
+    )
     return fields | {"qk_norm": "all", "norms": ("attn_post_norm", "mlp_post_norm")}
 
 
@@ -526,13 +529,13 @@ def _granite(k: Keys) -> dict[str, Any]:
 def _seed_oss(k: Keys) -> dict[str, Any]:
     qkv, out = k.flag("attention_bias", True), k.flag("attention_out_bias", False)
     k.set("attention_bias", False)
-    return _llama(k, head_dim=128, qkv_bias=qkv, bias=("wo",) if out else ())
+    return _llama(k, head_dim=128, n_kv_heads=8, qkv_bias=qkv, bias=("wo",) if out else ())
 
 
 def _glm4(k: Keys) -> dict[str, Any]:
     bias = k.flag("attention_bias", True)
     k.set("attention_bias", False)
-    fields = _llama(k, head_dim=128, n_kv_heads=2, qkv_bias=bias, partial=0.5)
+    fields = _llama(k, head_dim=128, n_kv_heads=2, qkv_bias=bias, partial=0.5, eps=1.5625e-7)
     return fields | {"norms": ("attn_norm", "attn_post_norm", "mlp_norm", "mlp_post_norm")}
 
 
@@ -544,7 +547,7 @@ def _cohere2(k: Keys) -> dict[str, Any]:
     k.insist("use_gated_activation", True)
     k.insist("use_qk_norm", False)
     k.insist("use_embedding_sharing", True)
-    fields = _llama(k, head_dim=128, tied=True, types=lambda i: SLIDING if (i + 1) % period else FULL,
+    fields = _llama(k, tied=True, default_window=4096, types=lambda i: SLIDING if (i + 1) % period else FULL,
                     no_rope=lambda i, kind: kind == FULL)  # fmt: skip
     return fields | {
         "norm": "layer",
@@ -556,7 +559,7 @@ def _cohere2(k: Keys) -> dict[str, Any]:
 
 def _phi(k: Keys) -> dict[str, Any]:
     k.insist("qk_layernorm", False)
-    fields = _llama(k, partial=0.5)
+    fields = _llama(k, partial=0.5, default_act="gelu_new")
     biases = ("norm", "wq", "wk", "wv", "wo", "w_up", "w_down", "unembed")
     eps = k.positive("layer_norm_eps", 1e-5)
     return fields | {"norm": "layer", "norm_eps": eps, "parallel": True, "gated": False, "biases": biases}
@@ -568,7 +571,7 @@ def _starcoder2(k: Keys) -> dict[str, Any]:
     k.insist("norm_type", "layer_norm")
     k.ignore("activation_function", "attention_softmax_in_fp32", "layer_norm_epsilon", "scale_attn_weights",
              "scale_attention_softmax_in_fp32")  # fmt: skip
-    fields = _llama(k, n_kv_heads=2, tied=True, types=_all_slide)
+    fields = _llama(k, n_kv_heads=2, tied=True, types=_all_slide, default_act="gelu_pytorch_tanh")
     eps = k.positive("norm_epsilon", 1e-5)
     return fields | {"norm": "layer", "norm_eps": eps, "gated": False, "biases": ("norm", *biases)}
 
@@ -593,9 +596,7 @@ def _gpt2(k: Keys) -> dict[str, Any]:
 def _gpt_neox(k: Keys) -> dict[str, Any]:
     bias = ("wq", "wk", "wv", "wo") if k.flag("attention_bias", True) else ()
     k.set("attention_bias", False)
-    if "hidden_act" not in k:
-        k.set("hidden_act", "gelu")
-    return _llama(k, partial=0.25) | {
+    return _llama(k, partial=0.25, default_act="gelu") | {
         "norm": "layer",
         "norm_eps": k.positive("layer_norm_eps", 1e-5),
         "parallel": k.flag("use_parallel_residual", True),

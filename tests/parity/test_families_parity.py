@@ -8,6 +8,7 @@ import test_families
 import torch
 import transformers
 from checked import record
+from jaxemo.checkpoints import families
 
 import jaxemo
 from jaxemo import Capture
@@ -70,3 +71,33 @@ def test_what_transformers_saves_loads(name, tmp_path):
     print(f"{name}: logits {worst:.1e} (bound {BOUND:g}), up to {np.abs(want).max():.1f}")
     assert worst <= BOUND
     record(golden.config["model_type"], "saved in bfloat16, in shards", worst)
+
+
+SIZES = {"vocab_size": 96, "hidden_size": 256, "num_hidden_layers": 6, "num_attention_heads": 32, "intermediate_size": 48,
+         "max_position_embeddings": 64}  # fmt: skip
+OUR_NAMES = {"gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh"}
+
+
+@pytest.mark.parametrize("name", sorted(set(families.FAMILIES) - {"gemma3", "gpt2"}))
+def test_what_a_configuration_leaves_out_has_transformers_defaults(name):
+    """Only the sizes are given; experts have to say more."""
+    given = SIZES | ({"moe_intermediate_size": 16} if name == "qwen3_moe" else {})
+    ours = families.config_from_hf(name, {"model_type": name, **given})
+    theirs = transformers.AutoConfig.for_model(name, **given)
+    first = lambda *keys: next((v for key in keys if (v := getattr(theirs, key, None)) is not None), None)  # noqa: E731
+    assert ours.n_kv_heads == (first("num_key_value_heads") or 32)
+    assert ours.head_dim == (first("head_dim") or 8)
+    assert ours.tie_embeddings == theirs.tie_word_embeddings
+    assert ours.norm_eps == first("rms_norm_eps", "layer_norm_eps", "norm_epsilon")
+    act = first("hidden_activation", "hidden_act")
+    assert name == "gpt_oss" or ours.activation == OUR_NAMES.get(act, act)
+    assert ours.n_active == (first("num_experts_per_tok") or 0)
+    assert (ours.attn_softcap, ours.logit_softcap) == tuple(
+        first(key) or 0 for key in ("attn_logit_softcapping", "final_logit_softcapping")
+    )
+    layers = [ours.attention[i] for i in ours.pattern or (0,) * 6]
+    types = first("layer_types") or ["sliding_attention" if first("sliding_window") else "full_attention"] * 6
+    for layer, kind in zip(layers, types, strict=True):
+        assert layer.window == (first("sliding_window") if kind == "sliding_attention" else 0)
+        rope = theirs.rope_parameters
+        assert layer.rope is None or layer.rope.theta == rope.get(kind, rope)["rope_theta"]
