@@ -25,14 +25,6 @@ def lm(gguf_path):
 
 
 @pytest.fixture(scope="session")
-def peer(gguf_path):
-    """The model; "eager" is transformers' plainest attention."""
-    return transformers.AutoModelForCausalLM.from_pretrained(
-        gguf_path.parent, gguf_file=gguf_path.name, dtype=torch.float32, attn_implementation="eager"
-    ).eval()
-
-
-@pytest.fixture(scope="session")
 def peer_tokenizer(gguf_path):
     """transformers' tokenizer as it reads it from the GGUF: it ignores `tokenizer.ggml.pre`."""
     return transformers.AutoTokenizer.from_pretrained(gguf_path.parent, gguf_file=gguf_path.name)
