@@ -3,6 +3,9 @@
 import sys
 import unicodedata
 
+import pytest
+import transformers
+from jaxemo.checkpoints import loading, registry
 from jaxemo.checkpoints.gguf_tokenizer import PRE_TYPES
 from parity_texts import CHATS, varied_strings
 from tokenizers import pre_tokenizers
@@ -63,3 +66,18 @@ def test_split_of_every_character(lm, smollm_pre_tokenizer):
                 text = f"x{a}{b}y{b}{a}{b} 1{a}{a}"
                 assert ours[name].pre_tokenize_str(text) == theirs[name].pre_tokenize_str(text), (name, ascii(text))
     print(f"\n{len(characters)} characters, and all pairs of {len(spaces)} spaces and control characters, split alike")
+
+
+def test_token_ids_of_gemma():
+    """A SentencePiece-style vocabulary, whose GGUF transformers reads as it should."""
+    if not registry.path_of("gemma-3-270m").exists():
+        pytest.skip("Gemma's terms are not accepted here: `jaxemo pull gemma-3-270m --accept-terms`")
+    path = registry.pull("gemma-3-270m")
+    _, tokenizer = loading.open_model(path)
+    theirs = transformers.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    strings = varied_strings()
+    for text in strings:
+        ids = tokenizer.encode(text)
+        assert ids == theirs(text).input_ids, ascii(text)
+        assert tokenizer.decode(ids, skip_special=False) == theirs.decode(ids, clean_up_tokenization_spaces=False)
+    print(f"\n{len(strings)} strings: ids and decoded text identical")
