@@ -1,8 +1,9 @@
 """Published models at their full size: their configurations are understood, and every weight is accounted for.
 
 Nothing is computed: shapes alone go through initialisation and the forward pass. `parameters` in each file is the number of
-distinct weights (tied embeddings counted once), and `source` says where it is from; "counted by transformers" means on its
-meta device. Vision towers do not count.
+distinct weights (tied embeddings counted once, vision towers and buffers not at all). `source` says where that number is
+stated, and whether the configuration stands as published, key for key, or is put together from documented values.
+`parity/test_published_parity.py` has transformers count them all.
 """
 
 import json
