@@ -239,7 +239,8 @@ ACTIVATIONS = {
     "relu": "relu", "relu2": "relu_squared",
 }  # fmt: skip
 FULL, SLIDING = "full_attention", "sliding_attention"
-MOST_LAYERS, MOST_EXPERTS = 4096, 4096  # more is a damaged file, and would take the memory to describe
+# More is a damaged file, and would take the memory to describe.
+MOST_LAYERS, MOST_EXPERTS, MOST_ROTATED = 4096, 4096, 1 << 16
 
 
 def _attention(
@@ -298,7 +299,7 @@ def _attention(
             mine = {**mine, "rope_type": "longrope", "type": None}
         share = Keys(k.where, mine, "rope scaling").positive("partial_rotary_factor", partial)
         dim = int(head_dim * share)
-        if not 2 <= dim <= head_dim or dim % 2:
+        if not 2 <= dim <= min(head_dim, MOST_ROTATED) or dim % 2:
             raise CheckpointError(f"{k.where}: {share} of heads of {head_dim} dimensions cannot be rotated in pairs")
         return rope.read(k.where, mine, dim, base, limit)
 

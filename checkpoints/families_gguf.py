@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from jaxemo.checkpoints import families
-from jaxemo.checkpoints.families import Entry, Table, _k_rows, _q_rows, _v_rows, halves, linear, rows, same
+from jaxemo.checkpoints.families import Entry, Table, Transform, _k_rows, _q_rows, _v_rows, halves, linear, rows, same
 from jaxemo.checkpoints.keys import CheckpointError
 
 from jaxemo.config import ModelConfig
@@ -47,7 +47,11 @@ def _swap(config: ModelConfig, w: np.ndarray) -> np.ndarray:
     return np.swapaxes(w, -1, -2)
 
 
-def _qkv(turn: Callable = linear, fused: bool = False) -> Table:
+def _part(part: Callable[[ModelConfig], tuple[int, int]], finish: Transform) -> Transform:
+    return lambda config, w: finish(config, w[slice(*part(config))])
+
+
+def _qkv(turn: Transform = linear, fused: bool = False) -> Table:
     """Queries, keys and values: a tensor each, or all in one. `fused` is the form that the architecture usually has;
     `turn` is done to queries and keys."""
     table: dict[str, tuple[Entry, ...]] = {}
@@ -55,7 +59,7 @@ def _qkv(turn: Callable = linear, fused: bool = False) -> Table:
         finish = linear if p == "v" else turn
         for bias, end in (("", "weight"), ("_bias", "bias")):
             own = Entry(f"blk.{{i}}.attn_{p}.{end}", finish)
-            shared = Entry(f"blk.{{i}}.attn_qkv.{end}", lambda c, w, f=finish, part=part: f(c, w[slice(*part(c))]))
+            shared = Entry(f"blk.{{i}}.attn_qkv.{end}", _part(part, finish))
             table[f"w{p}{bias}"] = (shared, own) if fused else (own, shared)
     return table
 
@@ -192,10 +196,10 @@ def config_from_gguf(
     if not {"rms_norm_eps", "layer_norm_eps"} & set(config):
         raise CheckpointError(f"{where}: the configuration key {name}.attention.layer_norm_rms_epsilon is missing")
     heads, width = config["num_attention_heads"], config["hidden_size"]
-    if not all(isinstance(n, int) and n > 0 for n in (heads, width)):
+    if not all(isinstance(n, int) and 0 < n < 1 << 32 for n in (heads, width)):
         raise CheckpointError(f"{where}: {heads} heads of a model of width {width} cannot be")
     head_dim = config.setdefault("head_dim", width // heads)
-    if not isinstance(head_dim, int) or head_dim < 1:
+    if not isinstance(head_dim, int) or not 0 < head_dim < 1 << 32:
         raise CheckpointError(f"{where}: {name}.attention.key_length is {head_dim!r}, not one head size")
     if given.pop("attention.value_length", head_dim) != head_dim:
         raise CheckpointError(f"{where}: {name}.attention.value_length is not the head size {head_dim}")

@@ -334,6 +334,11 @@ REFUSED = [  # further keys, and what the message must name
     ("qwen3_moe-hub", {"{arch}.expert_gating_func": 2}, "expert_gating_func"),
     ("gpt2-hub", {"{arch}.rope.scaling.type": "linear", "{arch}.rope.scaling.factor": 2.0}, "rope.scaling"),
     ("qwen2-hub", {"{arch}.block_count": 5000}, "5000 layers"),
+    (
+        "qwen2-yarn",
+        {"{arch}.attention.key_length": 1 << 30, "{arch}.attention.value_length": 1 << 30},
+        "cannot be rotated",
+    ),
 ]
 
 

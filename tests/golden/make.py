@@ -26,6 +26,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 HERE = pathlib.Path(__file__).parent
 sys.path.insert(0, str(HERE.parent / "parity"))
 from parity_texts import CHATS, PROMPTS, TEXTS, varied_strings  # noqa: E402
+from write_gguf import permute  # noqa: E402
 
 import jaxemo  # noqa: E402
 
@@ -90,11 +91,6 @@ NAMES = {
     "self_attn.v_proj": "attn_v", "self_attn.o_proj": "attn_output", "post_attention_layernorm": "ffn_norm",
     "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down",
 }  # fmt: skip
-
-
-def permute(w: np.ndarray, heads: int) -> np.ndarray:
-    """llama.cpp's reordering of q and k rows: rotary halves to interleaved pairs."""
-    return w.reshape(heads, 2, -1, w.shape[-1]).swapaxes(1, 2).reshape(w.shape)
 
 
 def write(path: pathlib.Path, tiny: Tiny, model, tokenizer: Tokenizer) -> None:

@@ -35,7 +35,6 @@ def write(
     kinds: Mapping[str, Type] | None = None,
     extra: Mapping[str, Any] | None = None,
     raw: Mapping[str, tuple[Type, np.ndarray]] | None = None,
-    tokenizer: bool = True,
     one_by_one: bool = False,
     fused: bool = False,
 ) -> None:
@@ -58,8 +57,7 @@ def write(
     _keys(out, h)
     for key, value in (extra or {}).items():
         out.add_key_value(key.format(arch=out.arch), value, gguf.GGUFValueType.get_type(value))
-    if tokenizer:
-        _tokenizer(out, h["vocab_size"])
+    _tokenizer(out, h["vocab_size"])
 
     names = gguf.get_tensor_name_map(arch, h["num_hidden_layers"])
     converted = _mxfp4(h, dict(tensors)) if any(name.endswith("_blocks") for name in tensors) else _tensors(h, tensors)
