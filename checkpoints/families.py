@@ -405,6 +405,9 @@ def _experts(k: Keys, *names: str, experts: int, active: int) -> dict[str, Any]:
 
 
 def _qwen3_moe(k: Keys) -> dict[str, Any]:
+    k.insist("qkv_bias", False)
+    k.insist("use_qk_norm", True)
+    k.insist("shared_expert_intermediate_size", 0)
     if k("mlp_only_layers", []) or k.whole("decoder_sparse_step", 1) != 1:
         raise k.fault("mlp_only_layers" if k("mlp_only_layers", []) else "decoder_sparse_step",
                       "a model that mixes dense and expert layers is not supported")  # fmt: skip
@@ -663,16 +666,22 @@ REFUSED = {
 
 # Keys of a configuration that leave the forward pass of a trained model as it is.
 INERT = frozenset({
-    "_attn_implementation", "_name_or_path", "architectures", "attention_dropout", "attn_implementation",
-    "attn_pdrop", "auto_map", "bos_token_id", "chunk_size_feed_forward", "classifier_dropout",
-    "decoder_start_token_id", "dtype", "embd_pdrop", "embedding_dropout", "eos_token_id", "finetuning_task",
-    "gradient_checkpointing", "hidden_dropout", "id2label", "initializer_range", "is_llama_config", "label2id",
-    "model_type", "output_attentions", "output_hidden_states", "output_past", "output_router_logits", "pad_token_id", "prefix",
-    "pretraining_tp", "problem_type", "resid_pdrop", "residual_dropout", "return_dict", "router_aux_loss_coef",
-    "router_jitter_noise", "sep_token_id", "summary_activation", "summary_first_dropout", "summary_proj_to_labels",
-    "summary_type", "summary_use_proj", "task_specific_params", "tokenizer_class", "torch_dtype", "torchscript",
-    "transformers.js_config", "transformers_version", "unsloth_fixed", "unsloth_version", "use_cache",
-    "use_flash_attn",
+    "_attn_implementation", "_attn_implementation_autoset", "_name_or_path", "_num_labels", "architectures",
+    "attention_dropout", "attention_probs_dropout_prob", "attn_implementation", "attn_pdrop", "auto_map",
+    "bad_words_ids", "begin_suppress_tokens", "bos_token_id", "chunk_size_feed_forward", "classifier_dropout",
+    "decoder_start_token_id", "diversity_penalty", "do_sample", "dtype", "early_stopping", "embd_pdrop",
+    "embedding_dropout", "encoder_no_repeat_ngram_size", "eos_token_id", "exponential_decay_length_penalty",
+    "finetuning_task", "forced_bos_token_id", "forced_eos_token_id", "gradient_checkpointing", "hidden_dropout",
+    "hidden_dropout_prob", "id2label", "initializer_range", "is_llama_config", "label2id", "length_penalty",
+    "max_length", "min_length", "model_type", "n_special", "no_repeat_ngram_size", "num_beam_groups", "num_beams",
+    "num_labels", "num_return_sequences", "output_attentions", "output_hidden_states", "output_past",
+    "output_router_logits", "output_scores", "pad_token_id", "predict_special_tokens", "prefix", "pretraining_tp",
+    "problem_type", "remove_invalid_values", "repetition_penalty", "resid_pdrop", "residual_dropout", "return_dict",
+    "return_dict_in_generate", "router_aux_loss_coef", "router_jitter_noise", "sep_token_id", "summary_activation",
+    "summary_first_dropout", "summary_proj_to_labels", "summary_type", "summary_use_proj", "suppress_tokens",
+    "task_specific_params", "temperature", "tf_legacy_loss", "tokenizer_class", "top_k", "top_p", "torch_dtype",
+    "torchscript", "transformers.js_config", "transformers_version", "typical_p", "unsloth_fixed", "unsloth_version",
+    "use_bfloat16", "use_cache", "use_deepspeed_checkpointing", "use_flash_attn",
 })  # fmt: skip
 # Keys that may stand there only with one of these values.
 ONLY: dict[str, tuple[Any, ...]] = {
