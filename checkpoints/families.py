@@ -673,7 +673,7 @@ INERT = frozenset({
     "embedding_dropout", "encoder_no_repeat_ngram_size", "eos_token_id", "exponential_decay_length_penalty",
     "finetuning_task", "forced_bos_token_id", "forced_eos_token_id", "gradient_checkpointing", "hidden_dropout",
     "hidden_dropout_prob", "id2label", "initializer_range", "is_llama_config", "label2id", "length_penalty",
-    "max_length", "min_length", "model_type", "n_special", "no_repeat_ngram_size", "num_beam_groups", "num_beams",
+    "max_length", "max_sequence_length", "_commit_hash", "min_length", "model_type", "n_special", "no_repeat_ngram_size", "num_beam_groups", "num_beams",
     "num_labels", "num_return_sequences", "output_attentions", "output_hidden_states", "output_past",
     "output_router_logits", "output_scores", "pad_token_id", "predict_special_tokens", "prefix", "pretraining_tp",
     "problem_type", "remove_invalid_values", "repetition_penalty", "resid_pdrop", "residual_dropout", "return_dict",

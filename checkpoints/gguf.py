@@ -261,13 +261,13 @@ def _read(
     return out
 
 
-def open_source(path: str | os.PathLike) -> tuple[Source, Tokenizer]:
-    """The model in a GGUF file, its weights not yet read, and its tokenizer. Raises CheckpointError."""
+def open_source(path: str | os.PathLike) -> tuple[Source, Tokenizer | None]:
+    """The model in a GGUF file, its weights not yet read, and its tokenizer if it has one. Raises CheckpointError."""
     where = os.fspath(path)
     meta, shapes, _, read = open_gguf(path)
     config, table, used = config_from_gguf(where, meta, shapes, read)
-    tokenizer = build_tokenizer(where, meta)
-    if tokenizer.backend.get_vocab_size() > config.vocab_size:
+    tokenizer = build_tokenizer(where, meta) if any(key.startswith("tokenizer.ggml.") for key in meta) else None
+    if tokenizer and tokenizer.backend.get_vocab_size() > config.vocab_size:
         raise CheckpointError(f"{where}: the tokenizer has {tokenizer.backend.get_vocab_size()} tokens, the model "
                               f"{config.vocab_size}")  # fmt: skip
     return Source(where, config, table, shapes, read, ignored=used), tokenizer

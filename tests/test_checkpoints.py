@@ -227,3 +227,15 @@ def test_loading_holds_little_more_than_the_model(stacked):
     found = script["run"](script["OURS"], str(checkpoints.pull("smollm2-135m")), "float32", stacked)
     print(found)
     assert found["peak"] <= 1.3
+
+
+def test_a_file_without_a_tokenizer_loads(tmp_path):
+    def strip(meta):
+        for key in [key for key in meta if key.startswith("tokenizer.")]:
+            del meta[key]
+
+    lm = jaxemo.load(rewrite(SAMPLE, tmp_path / "bare.gguf", strip))
+    ids = np.arange(6)[None]
+    np.testing.assert_array_equal(lm.forward(ids).logits, jaxemo.load(SAMPLE).forward(ids).logits)
+    with pytest.raises(ValueError, match=r"bare\.gguf has no tokenizer"):
+        lm.tokenize("one two")

@@ -39,6 +39,8 @@ def write() -> None:
     architectures: dict[str, list[str]] = {}
     for name, architecture in families_gguf.ARCHITECTURES.items():
         architectures.setdefault(architecture.family, []).append(f"`{name}`")
+    for family, name in (("mistral", "llama"), ("mixtral", "llama"), ("olmo3", "olmo2"), ("gemma3", "gemma3")):
+        architectures[family] = [f"`{name}`"]  # told from its kin by what the file holds
     rows = "".join(
         f"| `{family}` | {', '.join(architectures.get(family, ['–']))} | {' | '.join(cell(family, form) for form in FORMATS)} |\n"
         for family in sorted(families.FAMILIES)
