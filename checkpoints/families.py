@@ -52,7 +52,7 @@ def one_plus(config: ModelConfig, w: np.ndarray) -> np.ndarray:
 
 def halves(config: ModelConfig, w: np.ndarray) -> np.ndarray:
     """Queries or keys `[heads · H, ...]` whose rotary pairs are neighbours, put so that pairs are half apart."""
-    R = max(kind.rope.dim for kind in config.attention if kind.rope)
+    R = max((kind.rope.dim for kind in config.attention if kind.rope), default=0)
     order = np.concatenate([np.arange(0, R, 2), np.arange(1, R, 2), np.arange(R, config.head_dim)])
     return linear(config, w.reshape(-1, config.head_dim, *w.shape[1:])[:, order].reshape(w.shape))
 
