@@ -87,6 +87,14 @@ def roundings(config, tokens) -> int:
     return config.n_layers * layer + 2 * config.d_model
 
 
+@pytest.fixture(scope="module", autouse=True)
+def release_programs():
+    """Compiled programs are dropped after each file of tests. Every one maps memory, and a process that keeps a thousand
+    reaches the system's limit on the number of its maps, where XLA crashes."""
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture(scope="session")
 def tokenizer():
     return byte_tokenizer()
