@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxemo.checkpoints.families import Entry, Table, same
+from jaxemo.checkpoints.entries import Entry, Table, same
 from jaxemo.checkpoints.keys import CheckpointError
 
 from jaxemo import params as params_lib

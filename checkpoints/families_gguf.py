@@ -13,7 +13,23 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from jaxemo.checkpoints import families
-from jaxemo.checkpoints.families import Entry, Table, Transform, _k_rows, _q_rows, _v_rows, halves, linear, rows, same
+from jaxemo.checkpoints.entries import (
+    Entry,
+    Table,
+    Transform,
+    gate_rows,
+    halves,
+    k_rows,
+    linear,
+    named,
+    q_rows,
+    rows,
+    same,
+    swap,
+    up_rows,
+    v_rows,
+)
+from jaxemo.checkpoints.hf_configs import FULL, MOST_LAYERS, SLIDING
 from jaxemo.checkpoints.keys import CheckpointError
 
 from jaxemo.config import ModelConfig
@@ -43,23 +59,15 @@ SCALINGS = ("none", "linear", "yarn", "longrope")
 # ---- tables ----------------------------------------------------------------------------------------------------------
 
 
-def _swap(config: ModelConfig, w: np.ndarray) -> np.ndarray:
-    return np.swapaxes(w, -1, -2)
-
-
-def _part(part: Callable[[ModelConfig], tuple[int, int]], finish: Transform) -> Transform:
-    return lambda config, w: finish(config, w[slice(*part(config))])
-
-
 def _qkv(turn: Transform = linear, fused: bool = False) -> Table:
     """Queries, keys and values: a tensor each, or all in one. `fused` is the form that the architecture usually has;
     `turn` is done to queries and keys."""
     table: dict[str, tuple[Entry, ...]] = {}
-    for p, part in (("q", _q_rows), ("k", _k_rows), ("v", _v_rows)):
+    for p, part in (("q", q_rows), ("k", k_rows), ("v", v_rows)):
         finish = linear if p == "v" else turn
         for bias, end in (("", "weight"), ("_bias", "bias")):
             own = Entry(f"blk.{{i}}.attn_{p}.{end}", finish)
-            shared = Entry(f"blk.{{i}}.attn_qkv.{end}", _part(part, finish))
+            shared = Entry(f"blk.{{i}}.attn_qkv.{end}", rows(part, finish))
             table[f"w{p}{bias}"] = (shared, own) if fused else (own, shared)
     return table
 
@@ -70,26 +78,18 @@ _NAMES = {
     "router": "ffn_gate_inp", "w_gate": "ffn_gate", "w_up": "ffn_up", "w_down": "ffn_down",
 }  # fmt: skip
 PLAIN: dict[str, Entry | tuple[Entry, ...]] = {
-    "embed": Entry("token_embd.weight", same),
-    "pos_embed": Entry("position_embd.weight", same),
-    "unembed": Entry("output.weight", same),
-    "unembed_bias": Entry("output.bias"),
-    "final_norm": Entry("output_norm.weight"),
-    "final_norm_bias": Entry("output_norm.bias"),
+    **named({"embed": "token_embd", "pos_embed": "position_embd", "unembed": "output"}, transform=same),
+    **named({"final_norm": "output_norm"}),
+    **named(_NAMES, "blk.{i}."),
     "sinks": Entry("blk.{i}.attn_sinks.weight"),
-    **{name: Entry("blk.{i}." + source + ".weight") for name, source in _NAMES.items()},
-    **{f"{name}_bias": Entry("blk.{i}." + source + ".bias") for name, source in _NAMES.items()},
     **_qkv(),
 }
 NEIGHBOURS = {**PLAIN, **_qkv(halves)}
 FUSED = {**PLAIN, **_qkv(fused=True)}
-_PARALLEL = {  # attention and MLP share one norm
-    "mlp_norm": Entry("blk.{i}.attn_norm.weight", shared=True),
-    "mlp_norm_bias": Entry("blk.{i}.attn_norm.bias", shared=True),
-}
+_PARALLEL = named({"mlp_norm": "attn_norm"}, "blk.{i}.", shared=True)  # attention and MLP share one norm
 _GATE_UP = {
-    "w_gate": Entry("blk.{i}.ffn_up.weight", rows(lambda c: (0, c.d_ff))),
-    "w_up": Entry("blk.{i}.ffn_up.weight", rows(lambda c: (c.d_ff, 2 * c.d_ff))),
+    "w_gate": Entry("blk.{i}.ffn_up.weight", rows(gate_rows)),
+    "w_up": Entry("blk.{i}.ffn_up.weight", rows(up_rows)),
 }
 _POST = {"mlp_norm": Entry("blk.{i}.post_attention_norm.weight")}  # after attention, that is, and before the MLP
 
@@ -98,7 +98,7 @@ def _moe(table: Table) -> Table:
     """Experts in one tensor, or one by one as older files have them."""
     return {
         **table,
-        **{f"w_{p}": (Entry(f"blk.{{i}}.ffn_{p}_exps.weight", _swap), Entry(f"blk.{{i}}.ffn_{p}.{{x}}.weight"))
+        **{f"w_{p}": (Entry(f"blk.{{i}}.ffn_{p}_exps.weight", swap), Entry(f"blk.{{i}}.ffn_{p}.{{x}}.weight"))
            for p in ("gate", "up", "down")},
         **{f"w_{p}_bias": Entry(f"blk.{{i}}.ffn_{p}_exps.bias", same) for p in ("gate", "up", "down")},
     }  # fmt: skip
@@ -254,11 +254,11 @@ def config_from_gguf(
 
 def _layer_types(where: str, name: str, pattern: Any, layers: Any) -> list[str]:
     """Which layers slide: by a truth value each, or all but every `pattern`-th."""
-    if isinstance(layers, int) and 0 < layers <= families.MOST_LAYERS:
+    if isinstance(layers, int) and 0 < layers <= MOST_LAYERS:
         if type(pattern) is int and pattern >= 0:
             pattern = [pattern == 0 or i % pattern < pattern - 1 for i in range(layers)]
         if isinstance(pattern, list) and len(pattern) == layers and all(slides in (0, 1) for slides in pattern):
-            return [families.SLIDING if slides else families.FULL for slides in pattern]
+            return [SLIDING if slides else FULL for slides in pattern]
     raise CheckpointError(f"{where}: {name}.attention.sliding_window_pattern is neither a whole number nor a truth value for "
                           "each layer")  # fmt: skip
 
@@ -314,8 +314,8 @@ def _rope(
     local = given.get("rope.freq_base_swa", 10000.0 if family == "gemma3_text" else theta)
     if family in ("gemma3_text", "olmo3"):  # their sliding layers are not rescaled
         config["rope_parameters"] = {
-            families.FULL: {**scaling, "rope_theta": theta},
-            families.SLIDING: {"rope_theta": local},
+            FULL: {**scaling, "rope_theta": theta},
+            SLIDING: {"rope_theta": local},
         }
         del config["rope_theta"]
     else:

@@ -21,7 +21,8 @@ import ml_dtypes
 import numpy as np
 from jaxemo.checkpoints import convert
 from jaxemo.checkpoints.convert import Source
-from jaxemo.checkpoints.families import Entry, build, same
+from jaxemo.checkpoints.entries import Entry, same
+from jaxemo.checkpoints.families import build
 from jaxemo.checkpoints.keys import CheckpointError, Keys
 from jaxemo.checkpoints.safetensors import open_tensors
 
