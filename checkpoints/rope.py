@@ -31,11 +31,14 @@ def read(where: str, scaling: Mapping[str, Any], dim: int, theta: float, max_pos
     if not isinstance(kind, str) or kind not in KINDS:
         raise CheckpointError(f"{where}: rope scaling {kind!r} is not supported; known: {', '.join(KINDS)}")
     try:
-        rope = Rope(dim, theta, **KINDS[kind](keys, dim, theta, original, max_positions))
-    except ArithmeticError as error:
-        raise CheckpointError(f"{where}: the numbers of rope scaling {kind!r} make no frequencies ({error})") from error
-    except ValueError as error:
-        raise error if isinstance(error, CheckpointError) else CheckpointError(f"{where}: {error}") from error
+        with np.errstate(all="raise", under="ignore"):
+            rope = Rope(dim, theta, **KINDS[kind](keys, dim, theta, original, max_positions))
+    except CheckpointError:
+        raise
+    except (ArithmeticError, ValueError) as error:
+        numbers = {"rope_theta": theta, **{name: v for name, v in scaling.items() if isinstance(v, int | float)}}
+        shown = ", ".join(f"{name} {value}" for name, value in numbers.items())
+        raise CheckpointError(f"{where}: rope scaling {kind!r} makes no frequencies of {shown} ({error})") from error
     keys.finish()
     return rope
 
@@ -66,12 +69,16 @@ def _longrope(keys: Keys, dim, theta, original, max_positions) -> dict[str, Any]
 
 def _llama3(keys: Keys, dim, theta, original, max_positions) -> dict[str, Any]:
     factor, low, high = (keys.positive(name) for name in ("factor", "low_freq_factor", "high_freq_factor"))
+    if low >= high:
+        raise keys.fault("high_freq_factor", f"expected a number above low_freq_factor, {low}")
     wavelength = 2 * np.pi * float(theta) ** (np.arange(0, dim, 2) / dim)
     kept = np.clip((original / wavelength - low) / (high - low), 0, 1)  # from divided (0) to left alone (1)
     return {"factors": tuple((1 / ((1 - kept) / factor + kept)).tolist())}
 
 
 def _yarn(keys: Keys, dim, theta, original, max_positions) -> dict[str, Any]:
+    if theta <= 1:
+        raise CheckpointError(f"{keys.where}: rope scaling 'yarn' needs a rope_theta above 1, not {theta}")
     factor = keys.positive("factor", max_positions / original)
     fast, slow = keys.positive("beta_fast", 32.0), keys.positive("beta_slow", 1.0)
     mscale, mscale_all = keys.number("mscale", 0.0), keys.number("mscale_all_dim", 0.0)
@@ -90,7 +97,7 @@ def _yarn(keys: Keys, dim, theta, original, max_positions) -> dict[str, Any]:
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, dim - 1)
     ramp = np.clip((np.arange(dim // 2) - low) / (high - low if high != low else 0.001), 0, 1)
-    return {"factors": tuple((1 / (ramp / factor + 1 - ramp)).tolist()), "scale": scale}
+    return {"factors": tuple((1 / (ramp / factor + (1 - ramp))).tolist()), "scale": scale}
 
 
 KINDS = {

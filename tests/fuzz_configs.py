@@ -2,7 +2,8 @@
 
 Each is a configuration of a tiny model, of a `config.json` or of a GGUF's metadata, with one to three values changed,
 removed or added, offered with that model's tensors. It must be refused with a CheckpointError that names the file, or
-loaded; loaded with the very same meaning where the change is one that means nothing. The tests run some hundreds.
+loaded; loaded with the very same meaning where the change is one that means nothing. A warning (of a division by zero,
+say) counts as a fault. The tests run some hundreds.
 """
 
 import copy
@@ -12,6 +13,7 @@ import random
 import sys
 import time
 import tracemalloc
+import warnings
 
 import numpy as np
 from jaxemo.checkpoints import CheckpointError, convert, families, families_gguf
@@ -101,6 +103,7 @@ def main(count: int, seed: int) -> None:
     rng, given, begin = random.Random(seed), samples(), time.perf_counter()
     others = [config for config, _ in given]
     loaded, longest, peak = 0, 0.0, 0
+    warnings.simplefilter("error")
     tracemalloc.start()
     for i in range(count):
         tracemalloc.reset_peak()

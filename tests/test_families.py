@@ -9,6 +9,7 @@ import functools
 import json
 import pathlib
 import sys
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 import safetensors.numpy
+from jaxemo.checkpoints import CheckpointError, rope
 
 import jaxemo
 from jaxemo import checkpoints, model
@@ -247,6 +249,30 @@ REFUSED = [
 def test_what_is_not_supported_is_named(name, change, named, tmp_path):
     golden = Golden(name)
     refused(write(tmp_path, golden.config | change, golden.tensors()), named)
+
+
+@pytest.mark.parametrize("changed, named", [
+    ({"rope_theta": 1.0}, "rope_theta"), ({"rope_theta": 0.5}, "rope_theta"), ({"beta_fast": 1e-300}, "beta_fast"),
+    ({"original_max_position_embeddings": 1e-300, "beta_slow": 1e250}, "beta_slow"),
+    ({"original_max_position_embeddings": 4096, "factor": 5e-324}, "factor"),
+    ({"rope_type": "llama3", "low_freq_factor": 4.0, "high_freq_factor": 4.0}, "high_freq_factor"),
+    ({"rope_type": "llama3", "low_freq_factor": 4.0, "high_freq_factor": 1.0}, "high_freq_factor"),
+])  # fmt: skip
+def test_rope_scaling_that_makes_no_frequencies(changed, named):
+    scaling = {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 1e10, **changed}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(CheckpointError, match=f"damaged/config.json.*{named}"):
+            rope.read("damaged/config.json", scaling, 64, 10000.0, 4096)
+
+
+@pytest.mark.parametrize("factor", [1e-300, 1e-3, 1.0, 1e250])
+def test_rope_scaling_by_any_factor(factor):
+    """No division by zero where frequencies are divided by a number so large that nothing is left beside 1."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        read = rope.read("config.json", {"rope_type": "yarn", "factor": factor}, 64, 10000.0, 4096)
+    assert read.factors[0] == 1 and read.factors[-1] == pytest.approx(factor)
 
 
 def test_experts_fused_in_the_file(load, tmp_path):
