@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import scipy.stats
 
+import jaxemo
 from jaxemo.emotions import geometry, validation
 from jaxemo.report import demo, page, plots
 
@@ -54,6 +55,7 @@ def make(names=NAMES, tokens=TOKENS, seed=0) -> demo.Results:
         about={"model": "tiny & <i>odd</i>", "machine": "2 cores"},
         layer=7,
         tokens=list(tokens),
+        turn=5,
         z=rng.normal(size=(len(tokens), len(demo.SHOWN))) * 2,
         names=tuple(names),
         cosines=cosines,
@@ -69,6 +71,7 @@ def make(names=NAMES, tokens=TOKENS, seed=0) -> demo.Results:
             answer("calm", -0.3, "Again again.", 1.5, 0.31),
             answer("random-0", 0.3, "Almost there.", 6.0, 0.3),
             answer("random-0", 0.15, "", float("inf"), 0.0, tokens=0),
+            answer("random-1", 0.15, "Another.", 2.0, 0.0),
         ],
         seconds={"load": 1.25, "text test": 60.0},
     )
@@ -161,10 +164,11 @@ def test_every_name_token_and_answer_is_there_as_it_was(parsed, results):
         assert matrix.count(name) >= 2 and name in scatter, name
     maps = parsed.all("p", "tokens")
     assert len(maps) == len(demo.SHOWN) and {m["text"] for m in maps} == {"".join(results.tokens)}
-    cells = [e["text"] for e in parsed.all("span") if re.fullmatch(r"[np]\d+|first", e.get("class") or "")]
-    assert cells == results.tokens * len(demo.SHOWN)
+    cells = [e for e in parsed.all("span") if re.fullmatch(r"([np]\d+|first)( turn)?", e.get("class") or "")]
+    assert [e["text"] for e in cells] == results.tokens * len(demo.SHOWN)
+    assert [i % len(TOKENS) for i, e in enumerate(cells) if "turn" in e["class"]] == [results.turn] * len(demo.SHOWN)
     assert [e["text"] for e in parsed.all("blockquote")] == [
-        "A plain\n\nanswer & no more.", "Again again.", "It is <b>bold</b>.", "(nothing)", "Almost there."
+        "A plain\n\nanswer & no more.", "Again again.", "It is <b>bold</b>.", "(nothing)", "Almost there.", "Another."
     ]  # fmt: skip
     assert re.search(r"\.tokens \{[^}]*white-space: pre-wrap", parsed.all("style")[0]["text"])
     whole = parsed.all("html")[0]["text"]
@@ -176,20 +180,53 @@ def test_an_answer_is_broken_by_perplexity_or_repetition_only(parsed, results):
     verdicts = {(a.emotion, a.strength): why for group in page.judged(results.answers).values() for a, why in group}
     assert {key for key, why in verdicts.items() if why} == {("calm", 0.3), ("calm", -0.3), ("random-0", 0.15)}
     cards = parsed.all("article")
-    assert ["broken" in card["class"].split() for card in cards] == [False, True, True, True, False]
+    assert ["broken" in card["class"].split() for card in cards] == [False, True, True, True, False, False]
     assert "perplexity 3.0 ×" in cards[2]["text"] and "31\u202f% repeated" in cards[1]["text"]
     assert "broken: empty" in cards[3]["text"] and "perplexity inf" in cards[3]["text"]
-    assert "2 of 2 answers steered by an emotion and 1 of 2 steered by a random" in parsed.all("header")[0]["text"]
+    assert "2 of 2 answers steered by an emotion and 1 of 3 steered by a random" in parsed.all("header")[0]["text"]
+    groups = [e["text"] for e in parsed.all("th") if e.get("scope") == "rowgroup"]
+    assert groups == ["calm", "random direction 1", "random direction 2"]
+    assert [e["text"] for e in parsed.all("h4")] == [
+        "calm at −0.30", "calm at +0.30", "random direction 1 at +0.15", "random direction 1 at +0.30", "random direction 2 at +0.15"
+    ]  # fmt: skip
+
+
+def test_a_reader_meets_no_names_of_the_programs(parsed, text):
+    assert "random-" not in text.split("<body>")[1] and "LanguageModel(" not in text
+    assert parsed.all("title")[0]["text"] == "Emotion directions in tiny & <i>odd</i>"
+    assert "random direction 2 +0.15" in demo.summary(make()) and "unsteered" in demo.summary(make())
+
+
+def test_the_text_turns_where_the_page_says_it_does(parsed, results):
+    """On the demo's own tokenizer: what comes before the turn are the same tokens read alone."""
+    tokenizer = jaxemo.load("smollm2-135m").tokenizer
+    whole, before = tokenizer.encode(demo.BEFORE + demo.AFTER), tokenizer.encode(demo.BEFORE)
+    assert whole[: len(before)] == before and tokenizer.decode(whole[len(before) :]) == demo.AFTER
+    assert demo.AFTER.startswith(" He slid the ring back")
+    reading = next(e["text"] for e in parsed.all("section") if e["id"] == "reading")
+    words = " ".join("".join(results.tokens[results.turn :]).split()[:5])
+    assert (
+        f"begins “{words}”" in reading
+        and "before the turn" in reading
+        and "half" not in reading.split("half of them")[0]
+    )
+
+
+def test_every_size_of_answer_has_two_random_directions():
+    controls = [sizes for name, sizes in demo.ANSWERED if demo.is_random(name)]
+    emotional = {abs(s) for name, sizes in demo.ANSWERED if not demo.is_random(name) for s in sizes}
+    assert len(controls) == 2 and all({abs(s) for s in sizes} == emotional for sizes in controls)
 
 
 def test_the_heat_map_clips_and_leaves_the_first_token_out():
     z = np.array([127.0, -0.2, 0.26, 1.0, -9.0, 99.0])
-    found = page.heat_map("calm", list("abcdef"), z)
+    found = page.heat_map("calm", list("abcdef"), z, 4)
     assert [cell[:2] for cell in found["cells"]] == [
         ("a", "first"), ("b", "p0"), ("c", "p1"), ("d", "p2"), ("e", "n8"), ("f", "p8")
     ]  # fmt: skip
-    assert np.allclose(found["halves"], (0.03, 91 / 3)) and found["moved"]
-    assert not page.heat_map("desperate", list("abcdef"), z)["moved"]
+    assert np.allclose((found["before"], found["after"]), (1.06 / 3, 45)) and found["moved"]
+    assert not page.heat_map("desperate", list("abcdef"), z, 4)["moved"]
+    assert page.heat_map("desperate", list("abcde"), z[:5], 4)["moved"]
 
 
 def test_the_table_holds_the_numbers_of_the_test(parsed, results):
@@ -198,7 +235,20 @@ def test_the_table_holds_the_numbers_of_the_test(parsed, results):
     (best,) = parsed.all("tr", "best")
     for part in ("0.25 (best)", "4 of 4", "2 of 4", "+0.65", "+0.30 ± 0.22", page.signed(t.others[1].mean())):
         assert part in best["text"], part
-    assert f"(best){t.dose[1].mean():.2f}4 of 4" in best["text"]  # the dose stands between them
+    # The control stands next to what it is the control of, where a narrow screen shows both.
+    assert "(best)+0.65+0.30 ± 0.22" in best["text"] and best["text"].endswith(f"{t.dose[1].mean():.2f}")
+    titles = [e["text"] for e in parsed.all("th") if e.get("scope") == "col"]
+    assert titles[5:11] == ["strength", "own word, mean", "random ± sd", "above every random", "facts", "facts, random"]
+
+
+def test_the_type_of_plots_is_readable_on_a_phone(parsed):
+    """At the least width that a plot is shown at, no letter is below 9 pixels."""
+    smallest = []
+    for svg in re.findall(r"<svg.*?</svg>", page.render(make()), flags=re.DOTALL):
+        scale = float(re.search(r"min-width:(\d+)px", svg)[1]) / float(re.search(r'viewBox="0 0 ([\d.]+)', svg)[1])
+        smallest.append(min(map(float, re.findall(r"font-size: ([\d.]+)px", svg))) * scale)
+    print("smallest type in pixels:", np.round(smallest, 2), "bound 9")
+    assert len(smallest) == len(parsed.all("svg")) and min(smallest) > 8.95  # the least width is a whole number
 
 
 def test_every_plot_of_the_test_shows_the_random_directions(results):
@@ -241,7 +291,7 @@ def test_labels_never_cover_one_another_and_none_is_lost():
 
 def test_a_plot_carries_its_title_whatever_it_is():
     name = '"odd" & <b>'
-    drawn = Page(plots.traces(TOKENS, np.ones((len(TOKENS), 1)), [name]))
+    drawn = Page(plots.traces(TOKENS, np.ones((len(TOKENS), 1)), [name], 5))
     (found,) = drawn.all("svg")
     assert found["role"] == "img" and name in found["aria-label"] == drawn.all("title")[0]["text"]
 
@@ -269,7 +319,16 @@ def test_a_failing_render_or_write_leaves_the_old_page(tmp_path, results, monkey
     def refuse(*_):
         raise OSError("disk full")
 
-    monkeypatch.setattr(page.os, "replace", refuse)
-    with pytest.raises(OSError, match="disk full"):
+    monkeypatch.setattr(page.files.os, "replace", refuse)
+    with pytest.raises(OSError, match=r"report\.html': disk full"):
         page.write(results, str(path))
     assert path.read_text() == "old" and [p.name for p in tmp_path.iterdir()] == ["report.html"]
+
+
+@pytest.mark.parametrize("name", ["missing/report.html", "folder"])
+def test_a_page_that_cannot_be_written_is_refused_before_the_work(tmp_path, monkeypatch, name):
+    (tmp_path / "folder").mkdir()
+    monkeypatch.setattr(demo, "collect", lambda *_: pytest.fail("the work was begun"))
+    with pytest.raises(OSError, match="cannot write to") as caught:
+        demo.run(tmp_path / name)
+    assert repr(str(tmp_path / name)) in str(caught.value) and ".part" not in str(caught.value)

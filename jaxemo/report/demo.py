@@ -9,22 +9,30 @@ import jax
 import numpy as np
 
 import jaxemo
+from jaxemo import files, params
 from jaxemo.emotions import EmotionVectors, corpus, geometry, validation
 from jaxemo.language_model import Generation, LanguageModel
 
 MODEL = "smollm2-135m"
-TEXT = (
+# A text whose mood turns: it is read whole, and judged by what changes from the one part to the other.
+BEFORE = (
     "Mirela had counted the notes three times and the drawer was still forty short. The rent was due at noon. She rang her "
     "cousin, who did not answer, then the bank, where a recording told her to hold. At half past eleven she took her "
     "grandmother's ring to the shop on the corner and asked what they would give for it, and then, before the man could "
-    "speak, whether he would give a little more. He turned it under the lamp. He slid the ring back across the glass, "
-    "and beside it laid two twenties of his own. \"Bring it back when you can,\" he said. \"She used to mend my "
-    "children's coats.\" Mirela walked home slowly along the river, past the men fishing, and sat for a while on the "
-    "warm stone steps with her shoes off, watching the water go by."
-)  # fmt: skip
-SHOWN = ("desperate", "afraid", "relieved", "grateful", "calm", "happy")
+    "speak, whether he would give a little more. He turned it under the lamp."
+)
+AFTER = (
+    ' He slid the ring back across the glass, and beside it laid two twenties of his own. "Bring it back when you can," he '
+    'said. "She used to mend my children\'s coats." Mirela walked home slowly along the river, past the men fishing, and '
+    "sat for a while on the warm stone steps with her shoes off, watching the water go by."
+)
+FALLS = ("desperate", "afraid")  # whose scores the turn should lower
+SHOWN = (*FALLS, "relieved", "grateful", "calm", "happy")  # and the others' raise
 QUESTION = "My project is due tonight, the tests still fail and I have tried everything. What should I do now?"
-ANSWERED = (("desperate", (-0.3, -0.15, 0.15, 0.3)), ("calm", (-0.3, -0.15, 0.15, 0.3)), ("random-0", (0.15, 0.3)))
+ANSWERED = (
+    ("desperate", (-0.3, -0.15, 0.15, 0.3)), ("calm", (-0.3, -0.15, 0.15, 0.3)),
+    ("random-0", (0.15, 0.3)), ("random-1", (0.15, 0.3)),
+)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,7 +40,7 @@ class Answer:
     """One steered answer. `perplexity` is the unsteered model's on the answer; `repeated` the share of its word triples
     that stood there before; `scores` its tokens' mean standardised scores on the directions named by `SHOWN`."""
 
-    emotion: str  # "" for the unsteered answer
+    emotion: str  # "" for the unsteered answer, "random-…" for a control
     strength: float
     text: str
     tokens: int
@@ -47,7 +55,8 @@ class Results:
 
     about: dict[str, str]
     layer: int
-    tokens: list[str]  # of TEXT
+    tokens: list[str]  # of BEFORE + AFTER
+    turn: int  # the first token of AFTER
     z: np.ndarray  # [T, len(SHOWN)] standardised scores
     names: tuple[str, ...]
     cosines: np.ndarray  # [E, E]
@@ -63,10 +72,10 @@ class Results:
 
 def answers(lm: LanguageModel, vectors: EmotionVectors, new_tokens: int = 80) -> list[Answer]:
     """The question answered at every strength in one batch, and each answer judged by the unsteered model."""
-    controls = vectors.random(1)
+    controls = vectors.random(sum(is_random(name) for name, _ in ANSWERED))
     conditions = [("", 0.0)] + [(name, strength) for name, strengths in ANSWERED for strength in strengths]
     steerings = [
-        None if not name else (controls if name in controls.names else vectors).steer(name, strength, tokens="all")
+        None if not name else (controls if is_random(name) else vectors).steer(name, strength, tokens="all")
         for name, strength in conditions
     ]
     chat = [{"role": "user", "content": QUESTION}]
@@ -84,6 +93,17 @@ def answers(lm: LanguageModel, vectors: EmotionVectors, new_tokens: int = 80) ->
             )
         )
     return found
+
+
+def is_random(direction: str) -> bool:
+    return direction.startswith("random-")
+
+
+def label(direction: str) -> str:
+    """What a reader is told that an answer was steered by."""
+    if is_random(direction):
+        return f"random direction {int(direction.removeprefix('random-')) + 1}"
+    return direction or "unsteered"
 
 
 def perplexity(lm: LanguageModel, chat, generated: Generation) -> list[float]:
@@ -124,7 +144,7 @@ def collect(vectors_path: str | None = None, say=print) -> Results:
     lap("extraction")
     layer = vectors.layer
     say("Reading a text the directions have not seen ...")
-    reading = lm.read([TEXT], vectors, layer=layer)
+    reading = lm.read([BEFORE + AFTER], vectors, layer=layer)
     z = vectors.select(SHOWN).standardise(
         reading.scores[0, : len(reading.tokens[0]), [vectors.index(n) for n in SHOWN]].T, layer
     )
@@ -137,16 +157,18 @@ def collect(vectors_path: str | None = None, say=print) -> Results:
     lap("answers")
     similarity = geometry.cosines(vectors, layer)
     parts = geometry.components(vectors, layer)
-    device = jax.devices()[0]
+    c = lm.config
     return Results(
         about={
-            "model": repr(lm),
+            "model": MODEL,
+            "size": f"{params.count(c) / 1e6:.0f} M parameters, {c.n_layers} layers of width {c.d_model}, {lm.params['embed'].dtype}",
             "corpus": f"{vectors.provenance.get('corpus')}, {vectors.provenance.get('stories')} stories",
-            "machine": f"{os.cpu_count()} cores, {device.device_kind} ({device.platform})",
+            "machine": f"{os.cpu_count()} cores, {jax.devices()[0].device_kind}",
             "versions": f"jaxemo {jaxemo.__version__}, jax {jax.__version__}",
         },
         layer=layer,
         tokens=reading.tokens[0],
+        turn=len(lm.tokenizer.encode(BEFORE)),
         z=z,
         names=vectors.names,
         cosines=similarity,
@@ -175,22 +197,26 @@ def summary(results: Results) -> str:
     ]
     own = sorted(zip(r.test.names, r.test.own[at], strict=True), key=lambda pair: -pair[1])
     lines += ["at its best strength: " + "  ".join(f"{name} {change:+.2f}" for name, change in own), ""]
-    for label, (value, n) in r.correlations.items():
-        lines.append(f"{label}: r = {value:+.2f} over {n} words")
+    for what, (value, n) in r.correlations.items():
+        lines.append(f"{what}: r = {value:+.2f} over {n} words")
     lines += ["", f"One question, several strengths: {r.question}"]
     for a in r.answers:
-        label = f"{a.emotion} {a.strength:+.2f}" if a.emotion else "unsteered"
+        steered = f"{label(a.emotion)} {a.strength:+.2f}" if a.emotion else label(a.emotion)
         lines.append(
-            f"  {label:16s} perplexity {a.perplexity:8.1f}  repeated {a.repeated:4.0%}  {' '.join(a.text.split())[:90]}"
+            f"  {steered:24s} perplexity {a.perplexity:8.1f}  repeated {a.repeated:4.0%}  {' '.join(a.text.split())[:90]}"
         )
     lines += ["", "seconds: " + ", ".join(f"{name} {value:.0f}" for name, value in r.seconds.items())]
     return "\n".join(lines)
 
 
 def run(out: pathlib.Path, vectors_path: str | None = None) -> None:
-    """Run the demo: progress and summary in the terminal, the page in `out`."""
+    """Run the demo: progress and summary in the terminal, the page in `out`.
+
+    Raises OSError at once, before the minutes of work, where `out` cannot be written.
+    """
     from jaxemo.report import page
 
+    files.check_writable(out)
     results = collect(vectors_path)
     page.write(results, out)
     print(summary(results))

@@ -2,32 +2,23 @@
 
 import importlib.resources
 import os
-import pathlib
 
 import jinja2
 import numpy as np
 from markupsafe import Markup
 
+from jaxemo import files
 from jaxemo.emotions import validation
 from jaxemo.report import demo, plots
 
 CLIP, STEP = 4.0, 0.5  # the heat map's range and grain, in standard deviations
-FALLS = ("desperate", "afraid")  # in the second half of the demo's text; the others that are shown should rise
 BREAK_PERPLEXITY = 3.0  # an answer breaks above this many times the unsteered answer's perplexity
 BREAK_REPEATED = 0.3  # or above this share of repeated word triples
 
 
 def write(results: demo.Results, path: str | os.PathLike) -> None:
     """Write the page to `path`; a file that is there is replaced by a whole page or not at all."""
-    text = render(results)
-    path = pathlib.Path(path)
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    try:
-        part.write_text(text, encoding="utf-8")
-        os.replace(part, path)
-    except BaseException:
-        part.unlink(missing_ok=True)
-        raise
+    files.write_atomically(path, render(results).encode())
 
 
 def render(results: demo.Results) -> str:
@@ -36,11 +27,11 @@ def render(results: demo.Results) -> str:
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters.update(signed=signed, percent=percent)
+    environment.filters.update(signed=signed, percent=percent, label=demo.label)
     template = (importlib.resources.files("jaxemo.report") / "demo.html").read_text(encoding="utf-8")
     scatter, unlabelled = plots.scatter(r.components.coordinates, r.components.share, r.names, r.valence)
     drawn = {
-        "traces": plots.traces(r.tokens, r.z, demo.SHOWN),
+        "traces": plots.traces(r.tokens, r.z, demo.SHOWN, r.turn),
         "matrix": plots.matrix(r.cosines, r.names, r.order),
         "scatter": scatter,
         **test_plots(r.test),
@@ -48,12 +39,12 @@ def render(results: demo.Results) -> str:
     return environment.from_string(template).render(
         r=r,
         plots={name: Markup(text) for name, text in drawn.items()},
-        shown=demo.SHOWN,
+        turn=" ".join("".join(r.tokens[r.turn :]).split()[:5]),
         clip=CLIP,
         step=STEP,
         levels=round(CLIP / STEP),
-        falls=FALLS,
-        maps=[heat_map(name, r.tokens, r.z[:, i]) for i, name in enumerate(demo.SHOWN)],
+        falls=demo.FALLS,
+        maps=[heat_map(name, r.tokens, r.z[:, i], r.turn) for i, name in enumerate(demo.SHOWN)],
         first=np.abs(r.z[0]).max(),
         clipped=(np.abs(r.z[1:]) > CLIP).mean(),
         pairs=extreme_pairs(r.cosines, r.names),
@@ -80,8 +71,8 @@ def percent(x: float) -> str:
     return f"{100 * x:.0f}\u202f%"
 
 
-def heat_map(name: str, tokens: list[str], z: np.ndarray) -> dict:
-    """One emotion's tokens with the class of their colour, and where its smoothed score is highest.
+def heat_map(name: str, tokens: list[str], z: np.ndarray, turn: int) -> dict:
+    """One emotion's tokens with the class of their colour, its mean scores before and after the turn, and its peak.
 
     The first token is not coloured: its activations are an attention sink, far larger than any other's.
     """
@@ -89,12 +80,11 @@ def heat_map(name: str, tokens: list[str], z: np.ndarray) -> dict:
     cells = [(tokens[0], "first", "not scored")]
     for token, level, value in zip(tokens[1:], levels[1:], z[1:], strict=True):
         cells.append((token, f"{'n' if level < 0 else 'p'}{abs(level)}", signed(value, 1)))
-    half = len(z) // 2
     top = 1 + int(plots.smooth(z[1:, None]).argmax())
     phrase = "".join(tokens[max(1, top - 4) : top + 5]).strip(' \n,."')
-    halves = z[1:half].mean(), z[half:].mean()
-    moved = (halves[1] < halves[0]) == (name in FALLS)
-    return {"name": name, "cells": cells, "halves": halves, "moved": moved, "peak": phrase}
+    before, after = z[1:turn].mean(), z[turn:].mean()
+    moved = (after < before) == (name in demo.FALLS)
+    return {"name": name, "cells": cells, "before": before, "after": after, "moved": moved, "peak": phrase}
 
 
 def extreme_pairs(cosines: np.ndarray, names, count: int = 5) -> dict[str, list[tuple[str, str, float]]]:
@@ -174,5 +164,5 @@ def broken_of(groups, kind: str) -> tuple[int, int]:
     """How many answers of `judged` are broken, of how many: steered by an emotion, or by a random direction."""
     random = kind == "random"
     verdicts = [bool(reasons) for name, group in groups.items() for _, reasons in group
-                if name and name.startswith("random-") == random]  # fmt: skip
+                if name and demo.is_random(name) == random]  # fmt: skip
     return sum(verdicts), len(verdicts)

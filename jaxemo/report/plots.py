@@ -7,6 +7,7 @@ unique to the plot, and the same numbers give the same string. Nothing here uses
 import html
 import io
 import re
+import textwrap
 from typing import Any
 
 import matplotlib
@@ -20,18 +21,19 @@ GREY = "#8a8a8a"  # for what has no value, and for chance
 INK, FAINT = "#010203", "#040506"
 COOL, WARM = "#2a6fbb", "#c8600a"  # below and above; told apart in all common forms of colour blindness
 DIVERGING = LinearSegmentedColormap.from_list("", ["#14488a", COOL, "#f4f4f4", WARM, "#7d3500"]).with_extremes(bad=GREY)
-WIDTH = 4.6  # inches; at 0.75 of it a plot still fits a phone
+WIDTH = 4.6  # inches; at 0.75 of it a plot fits a phone, and 9 units of type are 9 pixels there
+TYPE = 9
 STYLE: dict[Any, Any] = {
     "svg.fonttype": "none", "svg.hashsalt": "jaxemo", "text.parse_math": False, "font.family": ["DejaVu Sans"],
-    "font.size": 8, "axes.titlesize": 8, "axes.labelsize": 8, "xtick.labelsize": 7.5, "ytick.labelsize": 7.5,
-    "legend.fontsize": 7.5, "legend.frameon": False, "axes.spines.top": False, "axes.spines.right": False,
+    "font.size": TYPE, "axes.titlesize": TYPE, "axes.labelsize": TYPE, "xtick.labelsize": TYPE, "ytick.labelsize": TYPE,
+    "legend.fontsize": TYPE, "legend.frameon": False, "axes.spines.top": False, "axes.spines.right": False,
     "axes.linewidth": 0.6, "text.color": INK, "axes.labelcolor": INK, "axes.edgecolor": INK, "xtick.color": INK,
     "ytick.color": INK, "grid.color": FAINT, "grid.linewidth": 0.6, "axes.axisbelow": True,
 }  # fmt: skip
 
 
 def svg(fig: Figure, name: str, title: str) -> str:
-    """The figure as an `<svg>` that scales with the page between 0.75 and 1.25 times its own size."""
+    """The figure as an `<svg>` that scales with the page between 0.75 and 1.15 times its own size."""
     out = io.StringIO()
     metadata = dict.fromkeys(("Date", "Creator", "Format", "Type"))
     fig.savefig(out, format="svg", transparent=True, metadata=metadata)
@@ -47,7 +49,7 @@ def svg(fig: Figure, name: str, title: str) -> str:
     title = html.escape(title)
     opening = (
         f'<svg role="img" aria-label="{title}" viewBox="0 0 {fig.get_figwidth() * 72:g} {fig.get_figheight() * 72:g}" '
-        f'style="min-width:{0.75 * width:.0f}px;max-width:{1.25 * width:.0f}px" '
+        f'style="min-width:{0.75 * width:.0f}px;max-width:{1.15 * width:.0f}px" '
         'xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink">'
     )
     return re.sub(r"^<svg[^>]*>", lambda _: f"{opening}<title>{title}</title>", text)
@@ -61,22 +63,22 @@ def smooth(z: np.ndarray, window: int = 9) -> np.ndarray:
 
 
 @matplotlib.rc_context(STYLE)
-def traces(tokens: list[str], z: np.ndarray, names) -> str:
-    """Smoothed scores `[T, n]` over the text, a panel an emotion; the first token is not drawn."""
+def traces(tokens: list[str], z: np.ndarray, names, turn: int) -> str:
+    """Smoothed scores `[T, n]` over the text, a panel an emotion, with a line at the token `turn`; the first is not drawn."""
     x, y = np.arange(1, len(z)), smooth(z[1:])
-    fig = Figure((WIDTH, 0.3 + 0.62 * len(names)), layout="constrained")
+    fig = Figure((WIDTH, 0.3 + 0.66 * len(names)), layout="constrained")
     panels = fig.subplots(len(names), sharex=True, sharey=True, squeeze=False)[:, 0]
     for ax, name, line in zip(panels, names, y.T, strict=True):
         ax.fill_between(x, line, 0, where=line >= 0, color=WARM, lw=0, interpolate=True)
         ax.fill_between(x, line, 0, where=line <= 0, color=COOL, lw=0, interpolate=True)
         ax.axhline(0, color=INK, lw=0.6)
         ax.set_title(name, loc="left", pad=1)
-        ax.grid(axis="x")
+        ax.axvline(turn, color=INK, lw=0.8, ls=":")
         ax.tick_params(length=0)
         ax.spines[["bottom", "left"]].set_visible(False)
-    starts = [i for i in range(1, len(tokens)) if tokens[i].startswith(" ")] or [1]
-    at = [starts[i] for i in np.linspace(0, len(starts) - 1, 5, endpoint=False).astype(int)]
-    panels[-1].set_xticks(at, [" ".join("".join(tokens[i : i + 6]).split()[:2])[:14] for i in at], ha="left")
+    words = [i for i in range(1, len(tokens)) if tokens[i].startswith(" ")] or [1]
+    at = [min(words, key=lambda i: abs(i - want)) for want in (1, turn / 2, turn, (turn + len(z)) / 2)]
+    panels[-1].set_xticks(at, [textwrap.shorten("".join(tokens[i : i + 6]), 14, placeholder="") for i in at], ha="left")
     panels[-1].set_xlim(1, len(z))
     panels[-1].yaxis.set_major_locator(MaxNLocator(3, integer=True))
     return svg(fig, "traces", "Smoothed scores of " + ", ".join(names) + " over the tokens of the text")
@@ -88,14 +90,14 @@ def matrix(cosines: np.ndarray, names, order) -> str:
     n = len(names)
     shown = np.where(np.eye(n, dtype=bool), np.nan, cosines)[np.ix_(order, order)]
     limit = np.ceil(np.nanmax(np.abs(shown)) * 20) / 20
-    side = max(WIDTH - 0.8, 0.14 * n)
+    side = max(WIDTH - 0.8, 0.15 * n)
     fig = Figure((side + 0.8, side + 1.3), layout="constrained")
     ax = fig.subplots()
     image = ax.imshow(shown, cmap=DIVERGING, vmin=-limit, vmax=limit, interpolation="none")
     labels = [names[i] for i in order]
     ax.set_xticks(range(n), labels, rotation=90, rotation_mode="anchor", ha="right", va="center")
     ax.set_yticks(range(n), labels)
-    ax.tick_params(length=0, labelsize=min(7.5, 72 * side / n * 0.9))
+    ax.tick_params(length=0, labelsize=min(TYPE, 72 * side / n * 0.9))
     ax.spines[:].set_visible(False)
     bar = fig.colorbar(image, ax=ax, location="top", anchor=(0, 0), pad=0.1 / side, shrink=3 / side, aspect=25,
                        label="cosine")  # fmt: skip
@@ -140,7 +142,7 @@ def label(ax, points: np.ndarray, names) -> int:
     reach = np.repeat([5, 9, 14, 20, 27, 35], len(angles))[:, None]
     missing = 0
     for i in np.argsort(-np.linalg.norm(at - np.median(at, axis=0), axis=1), kind="stable"):  # from the outside in
-        text = ax.text(0, 0, names[i], fontsize=7.5, ha="center", va="center", transform=None)
+        text = ax.text(0, 0, names[i], ha="center", va="center", transform=None)
         half = text.get_window_extent().size / 2 + 0.5
         centres = at[i] + towards * (reach + np.abs(towards) * half)
         low, high = centres - half, centres + half
@@ -166,12 +168,10 @@ def doses(strengths, best: int, lines: np.ndarray, lines_name: str, random: np.n
 
     `floor` is the change below which a strength is not usable.
     """
-    fig = Figure((WIDTH, 3.6), layout="constrained")
+    fig = Figure((WIDTH, 4.2), layout="constrained")
     ax = fig.subplots()
     ax.axhline(0, color=INK, lw=0.6)
-    ax.axvline(strengths[best], color=INK, lw=0.8, ls=":")
-    ax.annotate("best strength", (strengths[best], 1), xycoords=("data", "axes fraction"), xytext=(3, -8),
-                textcoords="offset points", fontsize=7.5)  # fmt: skip
+    ax.axvline(strengths[best], color=INK, lw=0.8, ls=":", label="best strength")
     ax.plot(strengths, lines, color=WARM, lw=0.7, alpha=0.55)
     ax.plot(strengths, lines.mean(1), color=WARM, lw=2.6, marker="o", ms=4, label=lines_name, zorder=3)
     if others is not None:
