@@ -107,6 +107,8 @@ def resolve(
     A registered name comes first, then a path that exists, then the hub. Raises as `pull` does, and FileNotFoundError
     for what is none of them.
     """
+    if not isinstance(name, str | os.PathLike):
+        raise TypeError(f"a model is named by a text or a path, not {type(name).__name__}")
     text = os.fspath(name)
     if text in REGISTRY:
         return pull(text, revision=revision, say=say)

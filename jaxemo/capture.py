@@ -20,6 +20,7 @@ from jaxemo.config import ModelConfig
 from jaxemo.steering import resolve_layers
 from jaxemo.tokens import Array, Selection, TokenBatch, spans, turns_of
 
+SINK = 10.0  # a token whose norm is this many times its row's median is an attention sink and no measure of the stream
 SITES = ("resid_pre", "attn_out", "mlp_out", "resid_post")
 Layers = str | int | Sequence[int]  # "all" or layer numbers; the order given is the order returned
 
@@ -78,16 +79,34 @@ class Probes:
     dose: bool = flax.struct.field(pytree_node=False)
 
 
+def ordinary(norm: np.ndarray, real: np.ndarray) -> np.ndarray:
+    """Which of the tokens `real [B, T]` are no attention sinks, by their residual `norm [..., B, T]`.
+
+    Sinks, mostly a row's first token, are many times as long as other tokens and say nothing of the text: a mean that counts
+    them is a mean of little else. The median is the lower of two, so that one of two tokens can be told as a sink.
+    """
+    middle = np.broadcast_to((np.maximum(real.sum(-1), 1)[:, None] - 1) // 2, (*norm.shape[:-1], 1))
+    median = np.take_along_axis(np.sort(np.where(real, norm, np.inf), axis=-1), middle, axis=-1)
+    return real & (norm <= SINK * median)
+
+
 KINDS = ("raw", "mean", "norm", "scores")
 
 
 def resolve(config: ModelConfig, capture: Capture, batch: TokenBatch, new_tokens: int = 0) -> Probes:
     """The arrays for a batch. Raises ValueError for unknown sites or layers, an empty selection, or wrong directions."""
+    if not isinstance(capture, Capture):
+        raise TypeError(f"capture is {type(capture).__name__}, not a jaxemo.Capture")
     L, D = config.n_layers, config.d_model
     slots: dict[str, dict[str, np.ndarray]] = {kind: {} for kind in KINDS}
     counts = []
     for kind in KINDS:
-        for site, layers in getattr(capture, kind).items():
+        wanted = getattr(capture, kind)
+        if not isinstance(wanted, Mapping):
+            raise TypeError(
+                f'Capture({kind}={wanted!r}): expected sites and layers, for example {{"resid_post": [3, 20]}}'
+            )
+        for site, layers in wanted.items():
             if site not in SITES:
                 raise ValueError(f"Capture({kind}=...): unknown site {site!r}; sites are {', '.join(SITES)}")
             numbers = resolve_layers(layers, L)

@@ -4,6 +4,7 @@ import argparse
 import json
 import os
 import pathlib
+import re
 import subprocess
 import sys
 import time
@@ -58,7 +59,7 @@ def _parser() -> argparse.ArgumentParser:
             "--layers", type=_numbers, help="layers to steer, for example 24 or 20-24 (default: one, mid-late)"
         )
         sub.add_argument(
-            "--tokens", default="all", choices=["all", "prompt", "generated", "last"], help="tokens to steer"
+            "--tokens", choices=["all", "prompt", "generated", "last"], help="tokens to steer (default: all)"
         )
 
     sub = command("pull", _pull, "fetch a model")
@@ -88,7 +89,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("-p", "--prompt", help="one prompt; '-' reads it from standard input")
     sub.add_argument("--raw", action="store_true", help="continue the text as it is, without the chat template")
     sub.add_argument("--system", help="system message")
-    sub.add_argument("-n", "--max-new-tokens", type=int, default=256)
+    sub.add_argument("-n", "--max-new-tokens", type=_positive, default=256)
     for name, kind, default in (
         ("temperature", float, 0.0),
         ("top-k", int, 0),
@@ -115,7 +116,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--dtype", help="float32 or bfloat16 (by default float32 on CPU, bfloat16 elsewhere)")
     sub.add_argument("--vectors", required=True, help="file made by `jaxemo extract`")
     sub.add_argument("--layer", type=int)
-    sub.add_argument("--top", type=int, default=5, help="emotions to print for each text")
+    sub.add_argument("--top", type=_positive, default=5, help="emotions to print for each text (5)")
     sub.add_argument("text", nargs="+", help="texts; '-' reads one text a line from standard input")
 
     sub = command("demo", _demo, "extract directions from SmolLM2-135M, test them, and write a report")
@@ -127,9 +128,18 @@ def _parser() -> argparse.ArgumentParser:
 def _numbers(text: str) -> list[int]:
     numbers: list[int] = []
     for part in text.split(","):
-        first, _, last = part.partition("-")
-        numbers += range(int(first), int(last or first) + 1)
+        found = re.fullmatch(r"(\d+)(?:-(\d+))?", part)
+        these = range(int(found[1]), int(found[2] or found[1]) + 1) if found else ()
+        if not these:
+            raise argparse.ArgumentTypeError(f"{text!r}: expected layers, for example 24, 20-24 or 3,9,20")
+        numbers += these
     return numbers
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number, at least 1")
+    return int(text)
 
 
 def _cache_compilations(wanted: bool) -> None:
@@ -284,6 +294,10 @@ def _steering(args):
     from jaxemo.steering import Steering
 
     if not (args.steer or args.ablate):
+        for option in ("layers", "tokens") + (() if args.read else ("vectors",)):
+            if getattr(args, option):
+                use = " or --read" if option == "vectors" else ""
+                raise ValueError(f"--{option} does nothing here: give --steer or --ablate{use}, too")
         return None
     vectors = _vectors(args, "steering")
     total = Steering()
@@ -293,9 +307,9 @@ def _steering(args):
             amount = float(strength)
         except ValueError:
             raise ValueError(f"--steer {item!r}: expected EMOTION=STRENGTH, for example desperate=0.25") from None
-        total += vectors.steer(name, amount, args.layers, args.tokens)
+        total += vectors.steer(name, amount, args.layers, args.tokens or "all")
     for name in args.ablate:
-        total += vectors.ablate(name, args.layers or "all", args.tokens)
+        total += vectors.ablate(name, args.layers or "all", args.tokens or "all")
     return total
 
 
@@ -333,8 +347,10 @@ def _generate(args):
 
 
 def _extract(args):
+    from jaxemo import files
     from jaxemo.emotions import corpus, extract
 
+    files.check_writable(args.out)
     begin = time.perf_counter()
     chosen = corpus.load(args.corpus) if args.corpus else corpus.shipped()
     vectors = extract(_load(args), chosen, denoise=args.denoise)

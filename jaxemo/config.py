@@ -94,6 +94,12 @@ class ModelConfig:
     logit_scale: float = 1.0
     logit_softcap: float = 0.0  # c: logits become c · tanh(logits / c); 0 leaves them
 
+    @property
+    def outline(self) -> str:
+        """What tells this model from others of the same width and depth: vectors made on one are no use on another."""
+        return (f"{self.n_layers} layers, d_model {self.d_model}, {self.n_heads} heads ({self.n_kv_heads} key/value) of {self.head_dim}, "
+                f"feed-forward {self.d_ff}, vocabulary {self.vocab_size}")  # fmt: skip
+
     def __post_init__(self):
         for name in ("vocab_size", "d_model", "n_layers", "n_heads", "n_kv_heads", "head_dim", "d_ff", "max_positions"):
             value = getattr(self, name)

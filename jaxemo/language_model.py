@@ -48,7 +48,8 @@ class Reading:
     """Scores of texts on named directions.
 
     `scores [B, T, E]` at one layer or `[L, B, T, E]` at all, 0 on padding; `pooled` the means over each text's tokens or
-    the selected ones, `[B, E]` or `[L, B, E]`; `tokens` the text of every token; `names` the directions.
+    the selected ones without attention sinks, `[B, E]` or `[L, B, E]`; `tokens` the text of every token; `names` the
+    directions.
     """
 
     names: tuple[str, ...] = flax.struct.field(pytree_node=False)
@@ -173,7 +174,9 @@ class LanguageModel:
         """Project every token's residual stream, after block `layer` (all layers if None), on `vectors`' directions.
 
         `tokens` are those that each row's `pooled` is the mean over: any selection, such as "user" or "before_answer".
+        Attention sinks among them are left out (see `capture.ordinary`), unless there is nothing else.
         """
+        self._check_directions(vectors)
         batch = self._batch(texts)
         lengths = np.asarray(batch.lengths)
         position = np.arange(batch.ids.shape[1])
@@ -181,16 +184,24 @@ class LanguageModel:
         for row, turns in enumerate(tokens_lib.turns_of(batch)):
             for start, stop in tokens_lib.spans(tokens, int(lengths[row]), turns=turns, row=row):
                 pool[row] |= (start <= position) & (position < min(stop, lengths[row]))
-        wanted = {"resid_post": "all" if layer is None else [layer]}
-        out = self.forward(batch, steering, Capture(scores=wanted, directions=vectors.directions), logits=None)
-        assert out.captured is not None
+        wanted: dict[str, Any] = {"resid_post": "all" if layer is None else [layer]}
+        capture = Capture(scores=wanted, norm=wanted, directions=vectors.directions)
+        captured = self.forward(batch, steering, capture, logits=None).captured
         real = position < lengths[:, None]
-        scores = np.where(real[..., None], np.asarray(out.captured.scores["resid_post"]), 0)
-        pooled = np.where(pool[..., None], scores, 0).sum(2) / pool.sum(1)[:, None]
+        scores = np.where(real[..., None], np.asarray(captured.scores["resid_post"]), 0)  # [n, B, T, E]
+        kept = pool & capture_lib.ordinary(np.asarray(captured.norm["resid_post"]), real)
+        kept = np.where(kept.any(-1, keepdims=True), kept, pool)  # [n, B, T]
+        pooled = scores.mean(2, where=kept[..., None])
         words = [[self._token(i) for i in row[:n]] for row, n in zip(batch.ids, lengths, strict=True)]
         one = layer is not None
         return Reading(tuple(vectors.names), words, lengths, scores[0] if one else scores,
                        pooled[0] if one else pooled)  # fmt: skip
+
+    def _check_directions(self, vectors) -> None:
+        if not hasattr(vectors, "directions") or not hasattr(vectors, "names"):
+            raise TypeError(f"{type(vectors).__name__} is no set of directions, as `jaxemo.emotions.extract(lm)` makes one and "
+                            "`jaxemo.EmotionVectors.load(path)` reads one")  # fmt: skip
+        steering_lib.check_made_for(self.config, getattr(vectors, "made_for", ""))
 
     def _token(self, index) -> str:
         return str(index) if self._tokenizer is None else self._tokenizer.token(index)
@@ -228,6 +239,8 @@ class LanguageModel:
             raise ValueError(f"max_new_tokens is {max_new_tokens!r}; it must be a whole number, at least 1")
         if layer is not None and read is None:
             raise ValueError(f"layer={layer} says where to read, but there is nothing to read: give read=")
+        if read is not None:
+            self._check_directions(read)
         if batch.lengths.max() + max_new_tokens > self.config.max_positions:
             raise ValueError(f"{batch.lengths.max()} prompt tokens and {max_new_tokens} new ones exceed the model's "
                              f"{self.config.max_positions} positions")  # fmt: skip

@@ -74,8 +74,13 @@ class Steering:
 
     terms: tuple[Term, ...] = ()
     keep_norm: bool = False  # rescale each steered token to the norm it had
+    made_for: str = ""  # `ModelConfig.outline` of the model that the directions are of; "" is not known
 
     def __add__(self, other: "Steering") -> "Steering":
+        if not isinstance(other, Steering):
+            return NotImplemented
+        if self.made_for and other.made_for and self.made_for != other.made_for:
+            raise ValueError(f"directions of two models do not add: one is {self.made_for}, the other {other.made_for}")
         terms = list(self.terms)
         for term in other.terms:  # equal directions meet in one coefficient, so that v - v is exactly nothing
             twin = next((i for i, t in enumerate(terms) if t.kind == ADD and t.same_as(term)), None)
@@ -83,9 +88,14 @@ class Steering:
                 terms.append(term)
             else:
                 terms[twin] = dataclasses.replace(term, value=terms[twin].value + term.value)
-        return Steering(tuple(terms), self.keep_norm or other.keep_norm)
+        return Steering(tuple(terms), self.keep_norm or other.keep_norm, self.made_for or other.made_for)
+
+    def __radd__(self, other: int) -> "Steering":
+        return self if isinstance(other, int) and other == 0 else NotImplemented  # where `sum` begins
 
     def __mul__(self, factor: float) -> "Steering":
+        if not isinstance(factor, int | float | np.number):
+            return NotImplemented
         for term in self.terms:
             if term.kind != ADD:
                 raise TypeError(f"only added vectors scale; this steering has a term of kind {term.kind!r}")
@@ -98,6 +108,8 @@ class Steering:
         return self * -1.0
 
     def __sub__(self, other: "Steering") -> "Steering":
+        if not isinstance(other, Steering):
+            return NotImplemented
         return self + -other
 
 
@@ -110,7 +122,11 @@ def steer(
     keep_norm: bool = False,
 ) -> Steering:
     """One intervention along `directions [L, D]` (any length; only their direction counts) with `value` per layer."""
-    directions = np.asarray(directions, np.float32)
+    directions, values = np.asarray(directions), np.asarray(value)
+    for what, array in (("directions", directions), ("value", values)):
+        if not np.issubdtype(array.dtype, np.number):
+            raise TypeError(f"{kind}: {what} are numbers, not {array.dtype}")
+    directions = directions.astype(np.float32)
     if directions.ndim != 2:
         raise ValueError(f"directions must be [L, D], one a layer, not {list(directions.shape)}")
     n_layers = len(directions)
@@ -120,7 +136,9 @@ def steer(
     bad = ~np.isfinite(lengths[:, 0]) | (active & (lengths[:, 0] == 0))
     if bad.any():
         raise ValueError(f"the direction at layers {np.flatnonzero(bad).tolist()} is zero or not finite")
-    values = np.broadcast_to(np.asarray(value, np.float32), (n_layers,))
+    if values.shape not in ((), (n_layers,)):
+        raise ValueError(f"{kind}: a number or one for each of {n_layers} layers, not {list(values.shape)}")
+    values = np.broadcast_to(values.astype(np.float32), (n_layers,))
     if not np.isfinite(values[active]).all():
         raise ValueError(f"{kind} has a value that is not finite")
     unit = np.where(lengths > 0, directions / np.maximum(lengths, 1e-300), 0).astype(np.float32)
@@ -148,6 +166,15 @@ def clamp(directions, value, layers="all", tokens="all", keep_norm=False) -> Ste
 def dampen(directions, beta, layers="all", tokens="all", keep_norm=False) -> Steering:
     """Shrink the projection onto the direction by the fraction `beta` (1 is ablation, negative amplifies)."""
     return steer(DAMPEN, directions, beta, layers, tokens, keep_norm)
+
+
+def check_made_for(config: ModelConfig, made_for: str) -> None:
+    """Refuse directions of another model: where they have the same size, nothing else would show it."""
+    if made_for and made_for != config.outline:
+        raise ValueError(
+            f"these directions were made for another model, {made_for}; this one is {config.outline}. Extract them here, or "
+            "take them over with EmotionVectors.from_directions(...) if that is meant"
+        )
 
 
 # ---- arrays ----------------------------------------------------------------------------------------------------------
@@ -220,6 +247,7 @@ def resolve(
     for row, (spec, length, turns) in enumerate(zip(rows, lengths, turns_of(batch), strict=True)):
         if spec is None:
             continue
+        check_made_for(config, spec.made_for)
         for term in spec.terms:
             if term.directions.shape != (L, D):
                 raise ValueError(f"directions of shape {list(term.directions.shape)} do not fit a model with "

@@ -177,7 +177,11 @@ def spans(
         start, stop = selection.start or 0, END if selection.stop is None else selection.stop
         found = [Span(max(0, start + length) if start < 0 else start, stop + length if stop < 0 else stop)]
     else:
-        positions = [selection] if isinstance(selection, int | np.integer) else list(selection)
+        positions = np.atleast_1d(np.asarray(selection, object)).tolist()
+        if not all(isinstance(p, int | np.integer) and not isinstance(p, bool) for p in positions):
+            raise ValueError(
+                f"token selection {selection!r}: expected a name, a slice, or whole numbers for positions{where}"
+            )
         found = [Span(p, p + 1) for p in sorted({int(p) + length if p < 0 else int(p) for p in positions})]
         for position, _ in found:
             if not 0 <= position < total:
@@ -346,6 +350,7 @@ def encode(
             encoded.append(tokenizer.encode_chat(row, add_generation_prompt))
         else:
             raise TypeError(
-                f"row {i} is {type(row).__name__}; expected a text or a chat (a list of role/content turns)"
+                f"row {i} is {type(row).__name__}; expected a text or a chat (a list of role/content turns); token ids are "
+                "given as an array, numpy.array(ids) [B, T]"
             )
     return encoded

@@ -1,6 +1,7 @@
 """The command line: each verb on a tiny model, and mistakes as one line on stderr with exit status 2."""
 
 import io
+import os
 import pathlib
 
 import numpy as np
@@ -49,6 +50,42 @@ def test_steer_has_the_librarys_unit_layers_and_tokens(capsys, vectors):
     assert got == want and want[0] != want[1]
 
 
+@pytest.mark.parametrize("layers", ["abc", "20..24", "2-1", "1-", "-1", "1,,2", "", "1.5"])
+def test_layers_that_are_none_are_named(capsys, vectors, layers):
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["generate", MODEL, "-p", "x", "--vectors", vectors, "--steer", "glad=1", f"--layers={layers}"])
+    assert stopped.value.code == 2
+    assert f"argument --layers: {layers!r}: expected layers, for example 24, 20-24 or 3,9,20" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("option", [("read", "--top"), ("generate", "-n")])
+@pytest.mark.parametrize("count", ["0", "-1", "x"])
+def test_counts_are_at_least_one(capsys, option, count):
+    verb, flag = option
+    with pytest.raises(SystemExit) as stopped:
+        cli.main([verb, *(["--vectors", "v", "text"] if verb == "read" else []), f"{flag}={count}"])
+    assert stopped.value.code == 2
+    assert f"{count!r}: expected a whole number, at least 1" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("extra", [("--layers", "1"), ("--tokens", "last"), ("--vectors", "V")])
+def test_options_that_would_do_nothing_are_mistakes(capsys, vectors, extra):
+    given = [vectors if part == "V" else part for part in extra]
+    code, out, err = run(capsys, "generate", MODEL, "--raw", "-p", "one", *given)
+    assert code == 2 and not out and f"{extra[0]} does nothing here: give --steer or --ablate" in err
+
+
+def test_a_corpus_that_is_not_there_is_named(capsys, tmp_path):
+    code, _, err = run(capsys, "extract", MODEL, "--corpus", "nowhere.jsonl", "-o", str(tmp_path / "v.safetensors"))
+    assert code == 2 and "nowhere.jsonl" in err and not list(tmp_path.iterdir())
+
+
+def test_where_extract_writes_is_checked_before_the_work(capsys, tmp_path):
+    out = tmp_path / "missing" / "v.safetensors"
+    code, _, err = run(capsys, "extract", "no-such-model", "-o", str(out))
+    assert code == 2 and f"cannot write to {str(out)!r}" in err and "no-such-model" not in err
+
+
 def test_chat_goes_on_until_an_empty_line(capsys, monkeypatch):
     monkeypatch.setattr("sys.stdin", io.StringIO("one\ntwo\n\nthree\n"))
     code, out, _ = run(capsys, "generate", MODEL, "-n", "2")
@@ -72,7 +109,8 @@ def test_read_ranks_each_text(capsys, vectors, monkeypatch):
         (("pull", "no-such-model"), "unknown model 'no-such-model'"),
         (("generate", MODEL, "-p", "x", "--steer", "glad=1"), "steering needs --vectors FILE"),
         (("read", "--model", MODEL, "--vectors", "nowhere.safetensors", "x"), "nowhere.safetensors"),
-        (("extract", MODEL, "--corpus", "nowhere.jsonl"), "nowhere.jsonl"),
+        (("extract", MODEL, "--corpus", "nowhere.jsonl", "-o", os.devnull), "cannot write to '/dev/null'"),
+        (("read", "--model", MODEL, "--vectors", ".", "x"), "'.' is no file; `jaxemo extract -o FILE` makes one"),
     ],
 )
 def test_a_mistake_is_one_line(capsys, arguments, message):
@@ -83,5 +121,7 @@ def test_a_mistake_is_one_line(capsys, arguments, message):
 def test_a_strength_that_is_no_number_is_named(capsys, vectors):
     code, _, err = run(capsys, "generate", MODEL, "-p", "x", "--vectors", vectors, "--steer", "glad=much")
     assert code == 2 and "'glad=much'" in err and "desperate=0.25" in err
+    code, _, err = run(capsys, "generate", MODEL, "-p", "x", "--vectors", vectors, "--steer", "glad=nan")
+    assert code == 2 and "strength=nan: expected a finite number" in err
     code, _, err = run(capsys, "generate", MODEL, "-p", "x", "--vectors", vectors, "--steer", "gald=1")
     assert code == 2 and "did you mean glad?" in err

@@ -1,16 +1,20 @@
 """The corpus that is shipped, the extraction's arithmetic, the vectors' file and algebra, and the readings."""
 
 import collections
+import dataclasses
 import itertools
 import json
 import pathlib
 import re
+import statistics
 
+import hypothesis
 import numpy as np
 import pytest
+from hypothesis import strategies as st
 
 import jaxemo
-from jaxemo.capture import Capture
+from jaxemo.capture import Capture, ordinary
 from jaxemo.emotions import EmotionVectors, corpus, extraction, geometry, validation
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
@@ -161,6 +165,10 @@ def test_extraction_does_not_depend_on_batching(lm):
 
 def test_extraction_names_what_is_missing(lm):
     c = small_corpus()
+    with pytest.raises(ValueError, match=r"skip=0: at least the first token"):
+        extraction.extract(lm, c, skip=0, progress=False)
+    with pytest.raises(ValueError, match="denoise=1: expected a share"):
+        extraction.extract(lm, c, skip=5, denoise=1, progress=False)
     with pytest.raises(ValueError, match="at least two emotions"):
         extraction.extract(lm, corpus.Corpus("one", c.stories[:3], c.neutral), skip=5, progress=False)
     with pytest.raises(ValueError, match="no neutral texts"):
@@ -283,6 +291,71 @@ def test_random_controls_are_unit_reproducible_and_of_the_same_dose():
     assert np.array_equal(term.value, control.value)
 
 
+def test_random_controls_turn_from_layer_to_layer_as_the_directions_do():
+    """So that over a band of layers, a control adds up to as much as an emotion's direction."""
+    rng = np.random.default_rng(7)
+    walk = np.cumsum(rng.standard_normal((6, 3, 4096)), axis=0)  # neighbouring layers are alike
+    vectors = EmotionVectors.from_directions({n: walk[:, i] for i, n in enumerate("abc")}, np.ones(6))
+
+    def turning(directions):
+        return np.einsum("lad,mad->lm", directions, directions) / directions.shape[1]
+
+    want, got = turning(vectors.directions), turning(vectors.random(8).directions)
+    print(
+        f"\nlargest difference of mean cosines between layers {np.abs(got - want).max():.3f} (bound 0.03), from 1 to {want.min():.2f}"
+    )
+    assert np.abs(got - want).max() < 0.03 and want.min() < 0.5
+
+
+def test_vectors_of_another_model_are_refused_although_they_fit(lm, tmp_path, model_of, tokenizer):
+    made = extraction.extract(lm, small_corpus(), skip=5, progress=False)
+    path = tmp_path / "v.safetensors"
+    made.save(path)
+    other = model_of(tokenizer=tokenizer)  # as deep and as wide, with another vocabulary
+    assert made.directions.shape[::2] == (other.config.n_layers, other.config.d_model)
+
+    def uses(model, vectors):
+        name = vectors.names[0]
+        yield lambda: model.read("one two", vectors)
+        yield lambda: model.generate("one two", max_new_tokens=1, read=vectors)
+        yield lambda: model.forward("one two", 0.5 * vectors.steer(name, 0.1))
+        yield lambda: model.forward("one two", sum([vectors.ablate(name), vectors.steer(name, 0.1)]))
+        yield lambda: model.generate("one two", [vectors.dampen(name, 0.5)], max_new_tokens=1)
+
+    for vectors in (EmotionVectors.load(path), made.select(["low"]), made.random(1)):
+        for use in uses(lm, vectors):
+            use()
+        for use in uses(other, vectors):
+            with pytest.raises(ValueError, match=r"another model, 3 layers.*vocabulary 300; this one is 3 layers.*263"):
+                use()
+    taken_over = EmotionVectors.from_directions({"low": made.directions[:, 1]}, made.residual_norm)
+    for use in uses(other, taken_over):
+        use()
+    theirs = dataclasses.replace(made, provenance={"made_for": other.config.outline})
+    with pytest.raises(ValueError, match="two models do not add"):
+        made.steer("low", 0.1) + theirs.steer("low", 0.1)
+
+
+def test_mistaken_arguments_are_named(lm):
+    vectors = some_vectors(3)
+    for call, error, message in (
+        (lambda: vectors.steer("low", "0.2"), ValueError, r"strength='0.2': expected a finite number"),
+        (lambda: vectors.steer("low", float("nan")), ValueError, r"strength=nan"),
+        (lambda: vectors.clamp("low", None), ValueError, r"value=None"),
+        (lambda: vectors.dampen("low", "1"), TypeError, r"dampen: value are numbers"),
+        (lambda: vectors.random(2.5), ValueError, r"count=2\.5"),
+        (lambda: vectors.standardise(np.zeros((1, 3)), 99), ValueError, r"layer 99 does not exist"),
+        (lambda: vectors.standardise(np.zeros((1, 4)), 0), ValueError, r"scores \[1, 4\] are not \[\.\.\., 3\]"),
+        (lambda: EmotionVectors.from_directions([np.ones((2, 4))], np.ones(2)), ValueError, r"not list"),
+        (lambda: lm.read("one", {"low": 1}), TypeError, r"dict is no set of directions"),
+        (lambda: lm.generate("one", read="low"), TypeError, r"str is no set of directions"),
+        (lambda: vectors.steer("low", 0.1) + None, TypeError, r"unsupported operand"),
+        (lambda: vectors.steer("low", 0.1) * "2", TypeError, r"multiply"),
+    ):
+        with pytest.raises(error, match=message):
+            call()
+
+
 def test_random_controls_are_independent_of_one_another_and_of_the_emotions():
     """Among 2 x 15 random pairs in 2048 dimensions a cosine above 0.12 would be five and a half standard deviations out."""
     vectors = some_vectors(D=2048, seed=7)  # not the seed of the controls
@@ -310,6 +383,43 @@ def test_reading_is_the_projection_of_each_token(lm):
     assert np.array_equal(every.scores[1], reading.scores) and np.array_equal(every.pooled[1], reading.pooled)
     z = vectors.standardise(reading.scores, 1)
     assert np.allclose(z, (reading.scores - vectors.neutral_mean[1]) / vectors.neutral_std[1])
+
+
+def test_pooling_leaves_attention_sinks_out(lm, monkeypatch):
+    vectors = some_vectors(lm.config.n_layers, lm.config.d_model)
+    real_forward = type(lm).forward
+
+    def with_sink(self, *args, **kwargs):
+        out = real_forward(self, *args, **kwargs)
+        norm = {site: np.array(values) for site, values in out.captured.norm.items()}
+        norm["resid_post"][..., 0] *= 1000
+        return out.replace(captured=out.captured.replace(norm=norm))
+
+    monkeypatch.setattr(type(lm), "forward", with_sink)
+    texts = ["one two three", "a cat sat on the mat and saw"]
+    reading = lm.read(texts, vectors, layer=1)
+    for i, n in enumerate(reading.lengths):
+        assert np.allclose(reading.pooled[i], reading.scores[i, 1:n].mean(0), atol=1e-5)
+    assert np.array_equal(lm.read(texts, vectors).pooled[1], reading.pooled)
+    asked_for = lm.read(texts, vectors, layer=1, tokens=0)
+    assert np.allclose(asked_for.pooled, reading.scores[:, 0], atol=1e-5), (
+        "a sink is read where nothing else is asked for"
+    )
+
+
+@hypothesis.given(
+    norms=st.lists(st.lists(st.floats(0.1, 1e5), min_size=1, max_size=9), min_size=1, max_size=4),
+    width=st.integers(9, 12),
+)
+def test_a_sink_is_ten_times_its_rows_median(norms, width):
+    norm = np.full((2, len(norms), width), 1e9)  # padding is of any size
+    for i, row in enumerate(norms):
+        norm[:, i, : len(row)] = row
+    real = np.arange(width) < np.array([len(row) for row in norms])[:, None]
+    got = ordinary(norm, real)
+    for i, row in enumerate(norms):
+        want = [value <= 10 * statistics.median_low(row) for value in row]
+        assert got[:, i].tolist() == 2 * [want + [False] * (width - len(row))]
 
 
 def test_word_logprobs_sums_over_a_words_tokens(lm):
@@ -417,3 +527,13 @@ def test_directions_read_stories_of_a_topic_they_have_not_seen(real):
     right = np.mean([vectors.names[int(row.argmax())] == s.emotion for row, s in zip(pooled, test, strict=True)])
     print(f"\nright emotion for {right:.0%} of {len(test)} unseen stories (chance {1 / len(some):.0%})")
     assert right >= 0.5
+    # What the first token's norm, some fifty times the others', would drown: short texts differ as they should.
+    texts = (
+        "They slammed the door in her face again, and she kicked the bin down the stairs and swore she would be back.",
+        "He sat on the warm steps by the river with his shoes off, watching the water go by, with nothing to do until evening.",
+    )
+    low, high = (vectors.index(name) for name in ("desperate", "calm"))
+    pooled = real.read(texts, vectors, layer=vectors.layer).pooled
+    leaning = pooled[:, high] - pooled[:, low]
+    print(f"calm less desperate: {leaning[0]:+.0f} for the door, {leaning[1]:+.0f} for the river")
+    assert leaning[0] < 0 < leaning[1]

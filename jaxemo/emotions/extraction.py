@@ -11,7 +11,7 @@ import importlib.metadata
 import numpy as np
 from tqdm import tqdm
 
-from jaxemo.capture import Capture
+from jaxemo.capture import Capture, ordinary
 from jaxemo.emotions import corpus as corpus_lib
 from jaxemo.emotions.vectors import EmotionVectors
 from jaxemo.language_model import LanguageModel
@@ -19,7 +19,6 @@ from jaxemo.tokens import length_batches
 
 SKIP = 50  # tokens at the start of a story that are not counted: the emotion is not there yet
 LONGEST = 160  # tokens of a text that are read: few lengths to compile for, and texts weigh alike
-SINK = 10.0  # a token whose norm is this many times its row's median is an attention sink and no measure of the stream
 
 
 def extract(
@@ -36,7 +35,7 @@ def extract(
 
     Args:
       denoise: principal components of the neutral texts holding this share of their variance are projected out; 0 for none.
-      skip: tokens at the start of each text that are left out.
+      skip: tokens at the start of each text that are left out, at least one: the first is an attention sink.
       longest: tokens of each text that are read at most.
       max_tokens: tokens in a batch, padding included; the memory to spend.
 
@@ -52,6 +51,10 @@ def extract(
         raise ValueError(
             f"{corpus.name}: at least two emotions are needed, found {list(names)}; their mean is the baseline"
         )
+    if isinstance(skip, bool) or not isinstance(skip, int | np.integer) or skip < 1:
+        raise ValueError(f"skip={skip!r}: at least the first token of each text, an attention sink, must be left out")
+    if not 0 <= denoise < 1:
+        raise ValueError(f"denoise={denoise!r}: expected a share of the variance, from 0 to less than 1")
     if denoise and len(corpus.neutral) < 2:
         raise ValueError(f"{corpus.name}: no neutral texts to denoise with; add some or use denoise=0")
     texts = [story.text for story in corpus.stories] + list(corpus.neutral)
@@ -68,6 +71,7 @@ def extract(
             removed[layer] = len(basis)
     provenance = {
         "model": lm.source,
+        "made_for": lm.config.outline,
         "model_config": repr(lm.config),
         "corpus": corpus.name,
         "corpus_sha256": corpus.sha256,
@@ -102,9 +106,10 @@ def pooled(
             mean, norm = np.asarray(captured.mean["resid_post"]), np.asarray(captured.norm["resid_post"])
             for at, i in enumerate(indices):
                 of_tokens = norm[:, at, skip : len(rows[i])].astype(np.float64)
-                ordinary = of_tokens <= SINK * np.median(of_tokens, axis=1, keepdims=True)
                 means[i] = mean[:, at]
-                norms[i] = (of_tokens * ordinary).sum(1) / ordinary.sum(1)
+                norms[i] = of_tokens.mean(
+                    1, where=ordinary(of_tokens[:, None], np.ones_like(of_tokens[:1], bool))[:, 0]
+                )
             bar.update(sum(len(rows[i]) for i in indices))
     return means, norms
 

@@ -4,7 +4,6 @@ import dataclasses
 import difflib
 import json
 import os
-import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,7 +11,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from jaxemo import steering
+from jaxemo import files, steering
 from jaxemo.steering import Steering
 from jaxemo.tokens import Selection
 
@@ -56,6 +55,11 @@ class EmotionVectors:
         """The layer that is read and steered by default: four fifths of the way up (chosen on SmolLM2-135M)."""
         return min(len(self.directions) - 1, round(0.8 * len(self.directions)))
 
+    @property
+    def made_for(self) -> str:
+        """`ModelConfig.outline` of the model that they are of, where that is known."""
+        return self.provenance.get("made_for", "")
+
     def index(self, name: str) -> int:
         if name not in self.names:
             near = difflib.get_close_matches(name, self.names, 3)
@@ -63,8 +67,13 @@ class EmotionVectors:
             raise ValueError(f"no direction named {name!r}; {hint}")
         return self.names.index(name)
 
-    def _of(self, name: str) -> np.ndarray:
-        return self.directions[:, self.index(name)]
+    def _made(self, kind, name: str, *how) -> Steering:
+        return dataclasses.replace(kind(self.directions[:, self.index(name)], *how), made_for=self.made_for)
+
+    def _norms(self, share, what: str) -> np.ndarray:
+        if not isinstance(share, int | float | np.number) or not np.isfinite(share):
+            raise ValueError(f"{what}={share!r}: expected a finite number, the fraction of the mean residual norm")
+        return share * self.residual_norm
 
     def steer(
         self, name: str, strength: float, layers=None, tokens: Selection = "all", keep_norm: bool = False
@@ -73,37 +82,51 @@ class EmotionVectors:
 
         One mid-late layer takes 0.1 to 0.5; a band of layers proportionally less.
         """
-        return steering.add(self._of(name), strength * self.residual_norm, self._layers(layers), tokens, keep_norm)
+        return self._made(
+            steering.add, name, self._norms(strength, "strength"), self._layers(layers), tokens, keep_norm
+        )
 
     def ablate(self, name: str, layers="all", tokens: Selection = "all", keep_norm: bool = False) -> Steering:
         """Project the direction out (by default at every layer). Summed ablations remove their common span."""
-        return steering.ablate(self._of(name), layers, tokens, keep_norm)
+        return self._made(steering.ablate, name, layers, tokens, keep_norm)
 
     def clamp(
         self, name: str, value: float, layers=None, tokens: Selection = "all", keep_norm: bool = False
     ) -> Steering:
         """Set the projection onto the direction to `value` times the mean residual norm."""
-        return steering.clamp(self._of(name), value * self.residual_norm, self._layers(layers), tokens, keep_norm)
+        return self._made(steering.clamp, name, self._norms(value, "value"), self._layers(layers), tokens, keep_norm)
 
     def dampen(
         self, name: str, beta: float, layers="all", tokens: Selection = "all", keep_norm: bool = False
     ) -> Steering:
         """Shrink the projection onto the direction by the fraction `beta`."""
-        return steering.dampen(self._of(name), beta, layers, tokens, keep_norm)
+        return self._made(steering.dampen, name, beta, layers, tokens, keep_norm)
 
     def _layers(self, layers):
         return [self.layer] if layers is None else layers
 
     def random(self, count: int, seed: int = 0) -> "EmotionVectors":
-        """`count` random unit directions with the same residual norms: the control that every steering result needs."""
-        L, _, D = self.directions.shape
-        drawn = np.random.default_rng(seed).standard_normal((L, count, D))
-        drawn /= np.linalg.norm(drawn, axis=-1, keepdims=True)
-        names = {f"random-{i}": drawn[:, i] for i in range(count)}
-        return EmotionVectors.from_directions(names, self.residual_norm, {"random_seed": seed})
+        """`count` random unit directions with the same residual norms: the control that every steering result needs.
+
+        From layer to layer they turn as much as the directions here do on average, so that over a band of layers they add
+        up to as much.
+        """
+        if not isinstance(count, int | np.integer) or count < 1:
+            raise ValueError(f"count={count!r}: expected a whole number of random directions, at least 1")
+        L, E, D = self.directions.shape
+        cosines = np.einsum("led,med->lm", self.directions, self.directions, dtype=np.float64) / E
+        size, turns = np.linalg.eigh(cosines)
+        root = turns * np.sqrt(np.maximum(size, 0))  # root @ root.T is the mean cosine between layers
+        drawn = root @ np.random.default_rng(seed).standard_normal((count, L, D))
+        names = {f"random-{i}": of_layers for i, of_layers in enumerate(drawn)}
+        return EmotionVectors.from_directions(
+            names, self.residual_norm, {"random_seed": seed, "made_for": self.made_for}
+        )
 
     def select(self, names: Sequence[str]) -> "EmotionVectors":
         """Only these directions, in this order."""
+        if isinstance(names, str) or not len(names):
+            raise ValueError(f"names={names!r}: expected a list of at least one name")
         at = [self.index(name) for name in names]
         return dataclasses.replace(
             self,
@@ -115,7 +138,11 @@ class EmotionVectors:
 
     def standardise(self, scores: np.ndarray, layer: int) -> np.ndarray:
         """Scores `[..., E]` read at `layer`, as standard deviations from the mean of neutral tokens."""
-        return (scores - self.neutral_mean[layer]) / self.neutral_std[layer]
+        L, E = self.neutral_mean.shape
+        (at,) = steering.resolve_layers(layer, L)
+        if np.shape(scores)[-1:] != (E,):
+            raise ValueError(f"scores {list(np.shape(scores))} are not [..., {E}], one for each direction")
+        return (scores - self.neutral_mean[at]) / self.neutral_std[at]
 
     @classmethod
     def from_directions(
@@ -125,8 +152,10 @@ class EmotionVectors:
         provenance: Mapping[str, Any] | None = None,
     ) -> "EmotionVectors":
         """Anyone's vectors: `{name: [L, D]}` of any non-zero length, and the model's mean residual norms `[L]`."""
-        if not directions:
-            raise ValueError("no directions given")
+        if not isinstance(directions, Mapping) or not directions:
+            raise ValueError(
+                f"directions are {{name: array [L, D], ...}}, at least one, not {type(directions).__name__}"
+            )
         shapes = {name: np.shape(array) for name, array in directions.items()}
         if len(set(shapes.values())) > 1 or len(next(iter(shapes.values()))) != 2:
             raise ValueError(f"directions must all be [L, D], one row a layer; got {shapes}")
@@ -144,19 +173,13 @@ class EmotionVectors:
         """Write one `.safetensors` file; the names and the provenance are in its metadata."""
         arrays = {name: np.ascontiguousarray(getattr(self, name)) for name in _ARRAYS}
         metadata = {"format": FORMAT, "names": json.dumps(self.names), "provenance": json.dumps(self.provenance)}
-        part = f"{os.fspath(path)}.{os.getpid()}.part"
-        try:
-            with open(part, "wb") as file:
-                file.write(safetensors.numpy.save(arrays, metadata))
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(part, path)
-        finally:
-            pathlib.Path(part).unlink(missing_ok=True)
+        files.write_atomically(path, safetensors.numpy.save(arrays, metadata))
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "EmotionVectors":
-        """Read what `save` wrote. Raises ValueError for any other file."""
+        """Read what `save` wrote. Raises FileNotFoundError where there is no file, ValueError for any other."""
+        if not os.path.isfile(path):
+            raise FileNotFoundError(f"{os.fspath(path)!r} is no file; `jaxemo extract -o FILE` makes one")
         try:
             with safetensors.safe_open(path, "numpy") as file:
                 metadata = file.metadata() or {}
