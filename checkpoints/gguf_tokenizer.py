@@ -168,9 +168,9 @@ def build_tokenizer(where: str, meta: Mapping[str, Any]) -> Tokenizer:
     special = [AddedToken(token, normalized=False, special=True, rstrip=_strips(vocabulary, token))
                for token in vocabulary.of(CONTROL, UNKNOWN)]  # fmt: skip
     backend.add_special_tokens(special)
-    held = backend.get_vocab()  # a SentencePiece-style one has its runs of spaces respelled
-    defined = [AddedToken(token, normalized=False) for token in vocabulary.of(USER_DEFINED) if token in held]
-    backend.add_tokens(defined)
+    # A SentencePiece-style vocabulary has its runs of spaces respelled.
+    defined = [token for token in vocabulary.of(USER_DEFINED) if backend.token_to_id(token) is not None]
+    backend.add_tokens([AddedToken(token, normalized=False) for token in defined])
 
     bos, eos, eot, eom = (_index(vocabulary, key, defaults.get(key)) for key in ("bos", "eos", "eot", "eom"))
     add_bos = _get(where, meta, "add_bos_token", bool, defaults["add_bos"])
@@ -301,14 +301,14 @@ def _best_first(tokens: Sequence[str], kinds: np.ndarray, part: np.ndarray, scor
 
     Only tokens that `part` says take part. User-defined ones come before all others, as they are never cut.
     """
-    halves = {tokens[i] for i in np.flatnonzero(part).tolist()}
+    halves = {tokens[i]: tokens[i] for i in np.flatnonzero(part).tolist()}  # so that merges share the tokens' strings
     merges: list[tuple[str, str]] = []
     append = merges.append
     for i in np.lexsort((-scores, kinds != USER_DEFINED)).tolist():
         if part[i]:
             whole = tokens[i]
             for cut in range(len(whole) - 1, 0, -1):
-                if (left := whole[:cut]) in halves and (right := whole[cut:]) in halves:
+                if (left := halves.get(whole[:cut])) and (right := halves.get(whole[cut:])):
                     append((left, right))
     return merges
 
