@@ -1,5 +1,7 @@
 """Logits and greedy continuations of the real models against transformers, both in float32."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -14,6 +16,7 @@ from jaxemo import tokens as tokens_lib
 # 30 layers of float32 matrix products, added in different orders by the two libraries: 10 to 30 times what is measured.
 LOGIT_BOUND = 2e-3
 NEW_TOKENS = 64
+LONG = 700  # tokens, more than the 512 that Gemma's sliding layers look back
 
 
 @pytest.fixture(scope="module", params=["smollm2-135m", "gemma-3-270m"])
@@ -83,6 +86,24 @@ def test_logits_in_a_ragged_batch(lm, reference, stacked):
     rows = enumerate(reference.items())
     worst = max(compare(name, out[i, : len(ids)], logits) for i, (name, (ids, logits)) in rows)
     print(f"  in a batch {list(batch.ids.shape)}, worst: {worst:.2e}")
+
+
+def test_logits_beyond_the_window(lm, peer):
+    """A text that a sliding window does not hold; without the window, the model would say something else."""
+    ids = lm.tokenizer.encode(TEXTS["licence"])[:LONG]
+    windows = [kind.window for kind in lm.config.attention if kind.window]
+    assert len(ids) == LONG > max(windows, default=0)
+    with torch.inference_mode():
+        theirs = peer(torch.tensor([ids])).logits[0].numpy()
+    print()
+    compare("licence", lm.forward(tokens_lib.pad([ids])).logits[0, :LONG], theirs)
+    if windows:
+        kinds = tuple(dataclasses.replace(kind, window=0) for kind in lm.config.attention)
+        wide = jaxemo.LanguageModel(dataclasses.replace(lm.config, attention=kinds), lm.params, lm.tokenizer)
+        got = np.asarray(wide.forward(tokens_lib.pad([ids])).logits[0, :LONG])
+        within, beyond = (float(np.abs(got - theirs)[part].max()) for part in np.split(np.arange(LONG), windows[:1]))
+        print(f"  without the window of {windows[0]}: max |Δlogit| {within:.2e} up to it, {beyond:.2e} beyond")
+        assert within <= LOGIT_BOUND < beyond
 
 
 @pytest.fixture(scope="module")
