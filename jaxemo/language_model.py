@@ -198,7 +198,7 @@ class LanguageModel:
                        pooled[0] if one else pooled)  # fmt: skip
 
     def _check_directions(self, vectors) -> None:
-        if not hasattr(vectors, "directions") or not hasattr(vectors, "names"):
+        if not hasattr(vectors, "directions"):
             raise TypeError(f"{type(vectors).__name__} is no set of directions, as `jaxemo.emotions.extract(lm)` makes one and "
                             "`jaxemo.EmotionVectors.load(path)` reads one")  # fmt: skip
         steering_lib.check_made_for(self.config, getattr(vectors, "made_for", ""))
