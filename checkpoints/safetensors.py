@@ -128,9 +128,15 @@ def _entries(path: Path, text: str):
         raise CheckpointError(f"{path}: the header goes on after its end, at byte {len(text[:at].encode())}")
 
 
+def _size(text: str) -> int:
+    if text.startswith("-"):  # "-0" too, which is no size for other readers
+        raise ValueError(f"it has {text[:20]}, which is no size")
+    return int(text)
+
+
 def _tensor(description: str, base: int) -> Tensor:
     """Raises ValueError."""
-    entry = json.loads(description, object_pairs_hook=unique)
+    entry = json.loads(description, object_pairs_hook=unique, parse_int=_size)
     if entry.keys() != {"dtype", "shape", "data_offsets"}:
         raise ValueError(f"it is described by {', '.join(entry) or 'nothing'}; expected dtype, shape and data_offsets")
     kind, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]

@@ -67,7 +67,8 @@ TWICE = json.dumps({"a": entry()})[:-1] + "," + json.dumps({"a": entry()})[1:]
     [
         ({"a": entry("F33")}, 8, ["tensor 'a'", "dtype 'F33' is not supported"]),
         ({"a": entry("F4", (16,))}, 8, ["tensor 'a'", "dtype 'F4' is not supported"]),
-        ({"a": entry(shape=(-2,))}, 8, ["tensor 'a'", "shape [-2]"]),
+        ({"a": entry(shape=(-2,))}, 8, ["tensor 'a'", "it has -2, which is no size"]),
+        (b'{"a":{"dtype":"F32","shape":[2],"data_offsets":[-0,8]}}', 8, ["tensor 'a'", "it has -0, which is no size"]),
         ({"a": entry(shape=(2.0,))}, 8, ["tensor 'a'", "shape [2.0]"]),
         ({"a": entry(shape=(True, 2))}, 8, ["tensor 'a'", "shape"]),
         ({"a": entry(shape=[1] * 9)}, 8, ["tensor 'a'", "shape", "at most 8"]),
