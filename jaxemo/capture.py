@@ -147,14 +147,20 @@ def init(config: ModelConfig, probes: Probes, x: jax.Array) -> Captured:
     return Captured(**buffers, dose=jnp.zeros((config.n_layers, B, T), f32) if probes.dose else None)
 
 
-def collect(probes: Probes, layer: LayerProbes, captured: Captured, sites: dict, positions: jax.Array) -> Captured:
-    """Reduce one layer's `sites` (`[B, T, D]` each) and put the results where they belong."""
+def collect(
+    probes: Probes, layer: LayerProbes, captured: Captured, sites: dict, positions: jax.Array, scores=None
+) -> Captured:
+    """Reduce one layer's `sites` (`[B, T, D]` each) and put the results where they belong.
 
-    def reduce(kind, x):
+    `scores [B, T, E]` of `resid_post`, where steering has made them already, are taken as they are.
+    """
+
+    def reduce(kind, site):
+        x = sites[site]
         if kind == "raw":
             return x
         if kind == "scores":
-            return kernels.project(x, layer.directions)
+            return kernels.project(x, layer.directions) if scores is None or site != "resid_post" else scores
         if kind == "norm":
             return jnp.linalg.norm(x.astype(jnp.float32), axis=-1)
         at = positions[:, :, None]
@@ -171,9 +177,7 @@ def collect(probes: Probes, layer: LayerProbes, captured: Captured, sites: dict,
         return lax.dynamic_update_index_in_dim(buffer, jnp.where(slot >= 0, value.astype(buffer.dtype), kept), at, 0)
 
     buffers = {
-        kind: {
-            site: put(getattr(captured, kind)[site], slot, reduce(kind, sites[site])) for site, slot in wanted.items()
-        }
+        kind: {site: put(getattr(captured, kind)[site], slot, reduce(kind, site)) for site, slot in wanted.items()}
         for kind, wanted in layer.slots.items()
     }
     dose = captured.dose

@@ -279,7 +279,10 @@ def forward(
         rotation, window = rotations[kind] if dim else None, jnp.asarray(windows)[kind] if windowed else None
         attn_out, mlp_out, kv = layer(config, weights, x, positions, rotation, window, past)
         after = x + attn_out + mlp_out
-        steered = after if interventions is None else steering.apply(interventions, intervention, after, positions)
+        steered, scores = after, None
+        if interventions is not None:
+            scored = None if probes is None or "resid_post" not in probe.slots["scores"] else probe.directions
+            steered, scores = steering.apply(interventions, intervention, after, begin, scored)
         if probes is not None:
             sites = {
                 "resid_pre": x,
@@ -288,7 +291,7 @@ def forward(
                 "resid_post": steered,
                 "unsteered": after,
             }
-            captured = capture.collect(probes, probe, captured, sites, positions)
+            captured = capture.collect(probes, probe, captured, sites, positions, scores)
         if cache is not None:
             cache = write_cache(cache, index, kv, begin)
         return (steered, cache, captured), None

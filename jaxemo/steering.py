@@ -20,9 +20,9 @@ from typing import Any
 
 import flax.struct
 import jax
-import jax.numpy as jnp
 import numpy as np
 
+from jaxemo import kernels
 from jaxemo.config import ModelConfig
 from jaxemo.tokens import Array, Selection, Span, TokenBatch, spans, turns_of
 
@@ -198,23 +198,12 @@ class Interventions:
     spans: Array  # [B, M, 2] int32: absolute positions start <= t < stop
 
 
-def apply(steering: Interventions, layer: LayerInterventions, x: jax.Array, positions: jax.Array) -> jax.Array:
-    """The formula above, at one layer: `x [B, T, D]` at absolute `positions [B, T]`, in float32, returned as x's type."""
-    start, stop = steering.spans[:, None, :, 0], steering.spans[:, None, :, 1]
-    here = (start <= positions[:, :, None]) & (positions[:, :, None] < stop)  # [B, T, M]
-    x32 = x.astype(jnp.float32)
-    s = jnp.einsum("btd,md->btm", x32, layer.bank, precision="highest")
-    c = jnp.where(here, layer.a[:, None] - layer.b[:, None] * s, 0.0)
-    y = x32 + jnp.einsum("btm,md->btd", c, layer.bank, precision="highest")
-    norm = _norm(y)
-    rescale = layer.keep_norm[:, None] & (c != 0).any(-1) & (norm > 0)
-    return (y * jnp.where(rescale, _norm(x32) / jnp.where(rescale, norm, 1.0), 1.0)[..., None]).astype(x.dtype)
+def apply(steering: Interventions, layer: LayerInterventions, x: jax.Array, start: jax.Array, directions=None):
+    """The formula above, at one layer: `x [B, T, D]`, whose first tokens lie at positions `start [B]`, in float32.
 
-
-def _norm(x):
-    # The where keeps the gradient of a zero vector finite.
-    square = jnp.sum(jnp.square(x), axis=-1)
-    return jnp.where(square > 0, jnp.sqrt(jnp.where(square > 0, square, 1.0)), 0.0)
+    Returns x' in x's type, and its float32 scores `[B, T, E]` on `directions [E, D]`, from the same pass (None without).
+    """
+    return kernels.steer_project(x, layer.bank, layer.a, layer.b, steering.spans, start, layer.keep_norm, directions)
 
 
 def resolve(

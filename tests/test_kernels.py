@@ -1,43 +1,139 @@
-"""`project` against float64."""
+"""The ops against float64: their references, and their TPU kernels under Pallas' interpreter, which also looks for races."""
 
+import functools
+import itertools
+import json
+import logging
+import os
+import subprocess
+import sys
+from unittest import mock
+
+import hypothesis
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import strategies as st
+from jax.experimental.pallas import tpu as pltpu
+from jaxemo.kernels import choice
 
 from jaxemo import kernels
 
+INTERPRET = pltpu.InterpretParams(detect_races=True)
+BOTH = [{"impl": "reference"}, {"impl": "kernel", "interpret": INTERPRET}]
+TWO_CORES = pltpu.InterpretParams(detect_races=True, num_cores_or_threads=2)
+DTYPES = [("float32", "float32"), ("bfloat16", "bfloat16"), ("bfloat16", "float32")]
+SPLIT = 2.0**-16  # what two bfloat16 parts leave of a float32 number, relative to it, at most
 
-def operands(T, E, D, dtype, directions_dtype=None):
-    rng = np.random.default_rng(T + E + D)
-    x, d = jnp.asarray(rng.standard_normal((2, T, D)), dtype), rng.standard_normal((E, D))
-    return x, jnp.asarray(d / np.linalg.norm(d, axis=1, keepdims=True), directions_dtype or dtype)
+
+@pytest.fixture(autouse=True)
+def no_races(capfd):
+    yield
+    assert "RACE DETECTED" not in capfd.readouterr().out
 
 
-@pytest.mark.parametrize("sizes", [(1, 1, 8), (7, 5, 33), (16, 171, 576)], ids=str)
-@pytest.mark.parametrize(
-    "dtypes", [("float32", "float32"), ("bfloat16", "bfloat16"), ("bfloat16", "float32")], ids="-".join
-)
-def test_project_agrees_with_float64(close, sizes, dtypes):
-    """Products are summed in float32 whatever the operands: D roundings of partial sums, which grow
-    to the size of the scores.
+def f64(x):
+    return None if x is None else np.asarray(x).astype(np.float64)
 
-    Two bfloat16 numbers have a product that is exact in float32, so the bound is float32's for all types.
-    """
-    x, directions = operands(*sizes, *dtypes)
-    scores = kernels.project(x, directions)
-    assert scores.dtype == jnp.float32
-    x64, d64 = (np.asarray(a).astype(np.float64) for a in (x, directions))
-    want = x64 @ d64.T
-    close(scores, want, sizes[2], f"project {sizes} {dtypes}", scale=np.abs(want).max())
+
+def unit(rng, *shape):
+    d = rng.standard_normal(shape)
+    return d / np.linalg.norm(d, axis=-1, keepdims=True)
+
+
+def operands(rows, T, E, D, dtypes, seed=0):
+    rng = np.random.default_rng(seed)
+    x = jnp.asarray(rng.standard_normal((rows, T, D)), dtypes[0])
+    d = jnp.asarray(unit(rng, E, D), dtypes[1])
+    return x, d, {"centre": rng.standard_normal(D).astype(np.float32), "offset": rng.standard_normal(E).astype(np.float32),
+                  "scale": rng.uniform(0.5, 2, E).astype(np.float32)}  # fmt: skip
+
+
+def project64(x, d, centre=None, offset=None, scale=None, cosine=False):
+    """`project` in float64, and for each score the size of the terms that it is the sum of."""
+    y, d = f64(x) - (0 if centre is None else f64(centre)), f64(d)
+    s, size = y @ d.T, np.abs(y) @ np.abs(d).T
+    if cosine:
+        length = np.maximum(np.linalg.norm(y, axis=-1, keepdims=True), 1e-300)
+        s, size = s / length, size / length
+    s = s - (0 if offset is None else f64(offset))
+    size = size + (0 if offset is None else np.abs(f64(offset)))
+    return (s, size) if scale is None else (s * f64(scale), size * f64(scale))
+
+
+def inside(spans, T):
+    at = np.arange(T)
+    return ((np.asarray(spans)[:, :, :1] <= at) & (at < np.asarray(spans)[:, :, 1:])).any(1)  # [B, T]
+
+
+def bound_of(size, D, dtypes, impl):
+    """Roundings of a sum of D terms, and what splitting float32 directions of bfloat16 activations leaves out."""
+    split = SPLIT if impl["impl"] == "kernel" and dtypes == ("bfloat16", "float32") else 0
+    return np.finfo(np.float32).eps * (np.sqrt(D) + 4) * size + split * size + 1e-30
+
+
+sizes = st.tuples(st.integers(1, 2), st.integers(1, 40), st.integers(1, 20), st.sampled_from([64, 72, 128, 200]))
+options = st.fixed_dictionaries({name: st.booleans() for name in ("centre", "offset", "scale", "cosine")})
+
+
+def chosen(option, extra):
+    return {name: extra[name] for name in ("centre", "offset", "scale") if option[name]} | {"cosine": option["cosine"]}
+
+
+# ---- project ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("impl", BOTH, ids=["reference", "kernel"])
+@pytest.mark.parametrize("dtypes", DTYPES, ids="-".join)
+@hypothesis.settings(max_examples=6)
+@hypothesis.given(size=sizes, option=options, seed=st.integers(0, 99))
+def test_project_agrees_with_float64(impl, dtypes, size, option, seed):
+    x, d, extra = operands(*size, dtypes, seed)
+    how = chosen(option, extra)
+    got = kernels.project(x, d, **how, **impl)
+    want, terms = project64(x, d, **how)
+    assert got.dtype == jnp.float32 and (np.abs(f64(got) - want) <= bound_of(terms, size[-1], dtypes, impl)).all()
+
+
+@pytest.mark.parametrize("option", list(itertools.product((False, True), (False, True))), ids=str)
+def test_the_bfloat16_kernel_is_no_worse_than_the_reference(option):
+    """Mean error against float64, at most 1.5 times the reference's own."""
+    x, d, extra = operands(2, 64, 40, 576, ("bfloat16", "bfloat16"))
+    how = {"centre": extra["centre"]} if option[0] else {}
+    want = project64(x, d, **how, cosine=option[1])[0]
+    errors = [np.abs(f64(kernels.project(x, d, **how, cosine=option[1], **impl)) - want).mean() for impl in BOTH]
+    print(f"\nmean error {errors[1]:.1e} of the kernel, {errors[0]:.1e} of the reference")
+    assert errors[1] <= 1.5 * errors[0]
+
+
+@pytest.mark.parametrize("impl", BOTH, ids=["reference", "kernel"])
+@pytest.mark.parametrize("dtypes", DTYPES, ids="-".join)
+def test_project_of_difficult_activations(impl, dtypes):
+    """One coordinate a thousand times the others, rows of zeros, and activations that lie close to the centre."""
+    x, d, extra = operands(1, 24, 7, 128, dtypes)
+    massive = x.at[..., 5].multiply(1000)
+    for how in ({}, {"cosine": True}):
+        want, terms = project64(massive, d, **how)
+        assert (
+            np.abs(f64(kernels.project(massive, d, **how, **impl)) - want) <= bound_of(terms, 128, dtypes, impl)
+        ).all()
+    zeros = kernels.project(jnp.zeros_like(x), d, cosine=True, offset=extra["offset"], **impl)
+    assert np.array_equal(zeros, np.broadcast_to(-extra["offset"], zeros.shape))
+    centre = np.asarray(x[0, 0], np.float32) * np.float32(1 + 1e-3)
+    close = jnp.broadcast_to(x[:, :1], x.shape)
+    want, terms = project64(close, d, centre=centre, cosine=True)
+    got = kernels.project(close, d, centre=centre, cosine=True, **impl)
+    assert (np.abs(f64(got) - want) <= bound_of(terms, 128, dtypes, impl)).all() and np.abs(want).max() > 0.02
 
 
 def test_project_takes_any_leading_axes(close):
-    x, directions = operands(6, 3, 16, "float32")
-    whole = np.asarray(kernels.project(x, directions))
+    x, d, _ = operands(2, 6, 3, 64, DTYPES[0])
+    whole = np.asarray(kernels.project(x, d))
     for row in range(2):
-        close(kernels.project(x[row], directions), whole[row], 16, "a row alone")
-    assert kernels.project(x[0, 0], directions).shape == (3,)
-    assert kernels.project(np.ones((2, 3, 4, 16), np.float32), directions).shape == (2, 3, 4, 3)
+        close(kernels.project(x[row], d), whole[row], 64, "a row alone")
+    assert kernels.project(x[0, 0], d).shape == (3,)
+    assert kernels.project(np.ones((2, 3, 4, 64), np.float32), d).shape == (2, 3, 4, 3)
 
 
 @pytest.mark.parametrize(
@@ -47,3 +143,364 @@ def test_shapes_that_do_not_fit_are_refused(shapes):
     x, directions = (np.ones(shape, np.float32) for shape in shapes)
     with pytest.raises(ValueError, match=r"project needs x \[..., D\] and directions \[E, D\], got"):
         kernels.project(x, directions)
+
+
+def test_arguments_that_do_not_fit_are_named():
+    x, d, _ = operands(2, 4, 3, 64, DTYPES[0])
+    spans = np.zeros((2, 1, 2), np.int32)
+    for call, message in (
+        (lambda: kernels.project(x, d, centre=np.ones(3)), r"project needs centre \[64\], got \[3\]"),
+        (lambda: kernels.project(x, d, scale=np.ones(4)), r"project needs scale \[3\], got \[4\]"),
+        (lambda: kernels.project(x, d, impl="fast"), r"impl='fast'"),
+        (lambda: kernels.project_pool(x, d, spans[:1]), r"project_pool needs x \[B, T, D\] and spans"),
+        (lambda: kernels.project_pool(x, d, spans, how="sum"), r"how='sum'; expected one of mean, max, last"),
+        (lambda: kernels.top_tokens(x, d, spans, k=0), r"k=0"),
+        (lambda: kernels.steer_project(x, d, *(np.zeros((2, 3)),) * 2, np.zeros((2, 2, 2)), np.zeros(2), np.zeros(2)),
+         r"steer_project needs spans \[2, 3, 2\], got \[2, 2, 2\]"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=message):
+            call()
+
+
+# ---- project_pool and top_tokens -------------------------------------------------------------------------------------
+
+SPANS = st.lists(st.tuples(st.integers(0, 45), st.integers(0, 12)), min_size=2, max_size=2)
+
+
+def spans_of(drawn, rows):
+    """Spans `[rows, 2, 2]` that do not overlap, some of them empty or beyond the row's end."""
+    (a, n), (gap, m) = drawn
+    one = [[a, a + n], [a + n + gap, a + n + gap + m]]
+    return np.array([one, [[0, 3], [9, 99]]][:rows], np.int32)
+
+
+@pytest.mark.parametrize("impl", BOTH, ids=["reference", "kernel"])
+@pytest.mark.parametrize("dtypes", DTYPES, ids="-".join)
+@hypothesis.settings(max_examples=4)
+@hypothesis.given(
+    size=sizes, option=options, drawn=SPANS, pool=st.sampled_from(kernels.ops.HOW), seed=st.integers(0, 99)
+)
+def test_project_pool_agrees_with_float64(impl, dtypes, size, option, drawn, pool, seed):
+    x, d, extra = operands(*size, dtypes, seed)
+    spans, how = spans_of(drawn, size[0]), chosen(option, extra)
+    here = inside(spans, size[1])
+    x = jnp.where(here[..., None], x, jnp.nan)  # what is not selected is not read
+    s, terms = project64(jnp.where(here[..., None], x, 0), d, **how)
+    got = f64(kernels.project_pool(x, d, spans, **how, how=pool, **impl))
+    for row, tokens in enumerate(here):
+        chosen_scores, bound = s[row][tokens], bound_of(terms[row][tokens], size[-1], dtypes, impl)
+        if not tokens.any():
+            assert np.array_equal(got[row], np.full(size[2], -np.inf if pool == "max" else 0.0))
+        elif pool == "mean":
+            assert (np.abs(got[row] - chosen_scores.mean(0)) <= 2 * bound.max(0)).all()
+        else:
+            want = chosen_scores.max(0) if pool == "max" else chosen_scores[-1]
+            assert (np.abs(got[row] - want) <= bound.max(0)).all()
+
+
+@pytest.mark.parametrize("impl", BOTH, ids=["reference", "kernel"])
+@hypothesis.settings(max_examples=4)
+@hypothesis.given(size=sizes, option=options, drawn=SPANS, k=st.integers(1, 50), seed=st.integers(0, 99))
+def test_top_tokens_are_the_highest(impl, size, option, drawn, k, seed):
+    x, d, extra = operands(*size, DTYPES[1], seed)
+    spans, how = spans_of(drawn, size[0]), chosen(option, extra)
+    here = inside(spans, size[1])
+    x = jnp.where(here[..., None], x, jnp.nan)
+    s, terms = project64(jnp.where(here[..., None], x, 0), d, **how)
+    best, place = kernels.top_tokens(x, d, spans, **how, k=k, **impl)
+    assert best.shape == place.shape == (size[2], k)
+    n = min(k, int(here.sum()))
+    flat, bound = s.reshape(-1, size[2]), bound_of(terms, size[-1], DTYPES[1], impl).reshape(-1, size[2])
+    for e in range(size[2]):
+        at = np.asarray(place[e, :n])
+        assert here.reshape(-1)[at].all() and len(set(at.tolist())) == n
+        want = np.sort(flat[here.reshape(-1), e])[::-1][:n]
+        assert (np.abs(f64(best[e, :n]) - want) <= bound.max()).all()
+        assert (np.abs(f64(best[e, :n]) - flat[at, e]) <= bound.max()).all()
+    assert (np.asarray(best[:, n:]) == -np.inf).all() and (np.asarray(place[:, n:]) == -1).all()
+
+
+@pytest.mark.parametrize("impl", BOTH, ids=["reference", "kernel"])
+def test_equal_tokens_are_named_in_order(impl):
+    x, d, _ = operands(1, 1, 3, 64, DTYPES[0])
+    x = jnp.broadcast_to(x, (2, 40, 64))
+    _, place = kernels.top_tokens(x, d, np.array([[[3, 99]], [[0, 99]]], np.int32), k=4, **impl)
+    assert np.array_equal(place, np.tile([3, 4, 5, 6], (3, 1)))
+
+
+# ---- steer_project ---------------------------------------------------------------------------------------------------
+
+
+def steer64(x, bank, a, b, spans, start, keep_norm, d):
+    x, bank, a, b = f64(x), f64(bank), f64(a), f64(b)
+    positions = np.asarray(start)[:, None] + np.arange(x.shape[1])
+    here = (np.asarray(spans)[:, None, :, 0] <= positions[..., None]) & (
+        positions[..., None] < np.asarray(spans)[:, None, :, 1]
+    )
+    c = np.where(here, a[:, None] - b[:, None] * (x @ bank.T), 0)
+    y = x + c @ bank
+    rescale = (np.asarray(keep_norm)[:, None] & (c != 0).any(-1))[..., None]
+    y = np.where(rescale, y * np.linalg.norm(x, axis=-1, keepdims=True) / np.linalg.norm(y, axis=-1, keepdims=True), y)
+    return y, y @ f64(d).T
+
+
+def interventions(rows, M, D, seed):
+    rng = np.random.default_rng(seed)
+    a, b = rng.standard_normal((2, rows, M)) * rng.integers(0, 2, (2, rows, M))
+    first = rng.integers(0, 20, (rows, M))
+    spans = np.stack([first, first + rng.integers(0, 30, (rows, M))], -1)
+    return (unit(rng, M, D).astype(np.float32), (4 * a).astype(np.float32), b.astype(np.float32), spans.astype(np.int32),
+            rng.integers(0, 9, rows).astype(np.int32), rng.integers(0, 2, rows).astype(bool))  # fmt: skip
+
+
+@pytest.mark.parametrize("impl", BOTH, ids=["reference", "kernel"])
+@pytest.mark.parametrize("dtypes", DTYPES, ids="-".join)
+@hypothesis.settings(max_examples=4)
+@hypothesis.given(size=sizes, M=st.sampled_from([1, 4, 8]), seed=st.integers(0, 99))
+def test_steer_project_agrees_with_float64(impl, dtypes, size, M, seed):
+    x, d, _ = operands(*size, dtypes, seed)
+    given = interventions(size[0], M, size[-1], seed)
+    want, _ = steer64(x, *given, d)
+    got, scores = kernels.steer_project(x, *given, d, **impl)
+    assert got.dtype == x.dtype and scores.shape == (*x.shape[:2], size[2])
+    length = np.linalg.norm(want, axis=-1, keepdims=True) + np.linalg.norm(f64(x), axis=-1, keepdims=True)
+    kept = float(jnp.finfo(dtypes[0]).eps) / 2 * np.abs(want)  # rounded once
+    assert (
+        np.abs(f64(got) - want)
+        <= 1.01 * kept + 40 * np.finfo(np.float32).eps * length + SPLIT * length * (dtypes[0] == "bfloat16")
+    ).all()
+    read, terms = project64(got, d)  # the scores are those of what is returned
+    assert (np.abs(f64(scores) - read) <= bound_of(terms, size[-1], dtypes, impl)).all()
+    alone, none = kernels.steer_project(x, *given, **impl)
+    assert none is None and np.array_equal(alone, got)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_bfloat16_steering_kernel_is_no_worse_than_the_reference(dtype):
+    x, d, _ = operands(2, 48, 8, 576, (dtype, dtype))
+    given = interventions(2, 8, 576, 1)
+    want, read = steer64(x, *given, d)
+    errors = []
+    for impl in BOTH:
+        got, scores = kernels.steer_project(x, *given, d, **impl)
+        errors.append((np.abs(f64(got) - want).mean(), np.abs(f64(scores) - read).mean()))
+    print(f"\nmean errors of stream and scores: kernel {errors[1]}, reference {errors[0]}")
+    assert (np.array(errors[1]) <= 1.5 * np.array(errors[0])).all()
+
+
+@pytest.mark.parametrize("impl", BOTH, ids=["reference", "kernel"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_what_is_not_steered_keeps_every_bit(impl, dtype):
+    x, d, _ = operands(3, 37, 5, 72, (dtype, dtype))
+    bank, a, b, spans, start, _ = interventions(3, 4, 72, 2)
+    a[0], b[0], spans[1], start[:] = 0, 0, 0, 0
+    a[2], spans[2] = 1, [[5, 20]] * 4
+    got, _ = kernels.steer_project(x, bank, a, b, spans, start, np.ones(3, bool), d, **impl)
+    same = np.asarray(got == x).all(-1)
+    assert same[:2].all() and same[2, :5].all() and same[2, 20:].all() and not same[2, 5:20].any()
+    length, before = (np.linalg.norm(f64(v[2, 5:20]), axis=-1) for v in (got, x))
+    assert np.allclose(length, before, rtol=4 * float(jnp.finfo(dtype).eps))
+
+
+# ---- transformations -------------------------------------------------------------------------------------------------
+
+
+def every_op(x, d, bank, extra, spans, given, impl):
+    """A number that depends on all arrays through all ops."""
+    a, b, *rest = given
+    total = kernels.project(x, d, extra["centre"], extra["offset"], extra["scale"], cosine=True, **impl).sum()
+    for how in kernels.ops.HOW:
+        total += (kernels.project_pool(x, d, spans, extra["centre"], how=how, **impl) ** 2).sum()
+    total += kernels.top_tokens(x, d, spans, k=3, **impl)[0].sum()
+    y, scores = kernels.steer_project(x, bank, a, b, *rest, d, **impl)
+    return total + (y**2).sum() + (scores**2).sum()
+
+
+def test_derivatives_are_those_of_the_reference():
+    x, d, extra = operands(2, 20, 5, 64, DTYPES[0])
+    bank, a, b, *rest = interventions(2, 4, 64, 3)
+    rest[0] = np.minimum(rest[0], 20)
+    spans = np.array([[[2, 9]], [[0, 20]]], np.int32)
+
+    def run(impl):
+        return lambda x, d, bank, a, b: every_op(x, d, bank, extra, spans, (a, b, *rest), impl)
+
+    arguments = (x, d, jnp.asarray(bank), jnp.asarray(a), jnp.asarray(b))
+    want, got = (jax.jit(jax.grad(run(impl), argnums=(0, 1, 2, 3, 4)))(*arguments) for impl in BOTH)
+    for mine, theirs in zip(got, want, strict=True):
+        assert np.allclose(mine, theirs, rtol=1e-4, atol=1e-4) and np.abs(theirs).max() > 0.1
+    forward = jax.jit(lambda *v: jax.jvp(run(BOTH[1]), v, v)[1])(*arguments)
+    assert np.allclose(forward, sum((g * v).sum() for g, v in zip(want, arguments, strict=True)), rtol=1e-4)
+
+
+def test_the_gradient_of_the_reference_is_that_of_the_formulas_in_float64():
+    x, d, extra = operands(2, 9, 4, 64, DTYPES[0])
+    bank, a, b, spans, start, _ = interventions(2, 4, 64, 4)
+    tokens, centre = np.array([[[2, 9]], [[0, 5]]], np.int32), extra["centre"]
+    positions = start[:, None] + np.arange(9)
+    here = (spans[:, None, :, 0] <= positions[..., None]) & (positions[..., None] < spans[:, None, :, 1])
+    assert here.any() and not here.all()
+
+    def run(x, d, bank, a, b):
+        impl = {"impl": "reference"}
+        y, scores = kernels.steer_project(x, bank, a, b, spans, start, np.array([True, False]), d, **impl)
+        cosines = kernels.project(x, d, centre, cosine=True, **impl)
+        return (scores**2).sum() + (cosines**3).sum() + (kernels.project_pool(y, d, tokens, **impl) ** 2).sum()
+
+    def formulas(x, d, bank, a, b):
+        c = jnp.where(here, a[:, None] - b[:, None] * (x @ bank.T), 0)
+        y = x + c @ bank
+        length = jnp.linalg.norm(x, axis=-1, keepdims=True) / jnp.linalg.norm(y, axis=-1, keepdims=True)
+        y = y * jnp.where(here.any(-1, keepdims=True) & np.array([True, False])[:, None, None], length, 1)
+        centred = x - centre
+        cosines = (centred / jnp.linalg.norm(centred, axis=-1, keepdims=True)) @ d.T
+        pooled = jnp.stack([y[row, first:last].mean(0) for row, ((first, last),) in enumerate(tokens)]) @ d.T
+        return ((y @ d.T) ** 2).sum() + (cosines**3).sum() + (pooled**2).sum()
+
+    arguments = (x, d, bank, a, b)
+    got = jax.grad(run, argnums=(0, 1, 2, 3, 4))(*(jnp.asarray(v) for v in arguments))
+    with jax.enable_x64(True):
+        want = jax.grad(formulas, argnums=(0, 1, 2, 3, 4))(*(jnp.asarray(f64(v)) for v in arguments))
+        for i, (mine, theirs) in enumerate(zip(got, want, strict=True)):
+            error, size = np.abs(f64(mine) - f64(theirs)).max(), np.abs(f64(theirs)).max()
+            print(f"gradient {i}: error {error:.1e}, of {size:.1e}")
+            assert error <= 64 * np.finfo(np.float32).eps * size and size > 0.1
+
+
+@pytest.mark.parametrize("impl", BOTH, ids=["reference", "kernel"])
+def test_ops_are_mapped_over_rows(impl):
+    x, d, _ = operands(3, 18, 5, 64, DTYPES[0])
+    x = x[:, None]  # three batches of one row
+    spans = np.array([[[2, 9]], [[0, 18]], [[4, 5]]], np.int32)[:, None]
+    bank, *given = (v if i == 0 else v[:, None] for i, v in enumerate(interventions(3, 4, 64, 3)))
+
+    def project(x):
+        return kernels.project(x, d, cosine=True, **impl)
+
+    def others(x, spans, *given):
+        return kernels.project_pool(x, d, spans, **impl), kernels.steer_project(x, bank, *given, d, **impl)
+
+    for run, arrays in ((project, (x,)), (others, (x, spans, *given))):
+        one = jax.tree.map(lambda *v: jnp.stack(v), *[run(*(v[i] for v in arrays)) for i in range(3)])
+        for a, b in zip(jax.tree.leaves(jax.vmap(run)(*arrays)), jax.tree.leaves(one), strict=True):
+            assert np.allclose(a, b, rtol=1e-5, atol=1e-5)
+    both = jax.vmap(lambda d: kernels.project(x[0], d, **impl))(jnp.stack([d, -d]))
+    assert np.allclose(both[0], -both[1]) and np.allclose(both[0], kernels.project(x[0], d, **impl), atol=1e-5)
+
+
+SHARDED = """
+import jax, numpy as np
+from jax.sharding import AxisType, PartitionSpec as P
+from jaxemo import kernels
+mesh = jax.make_mesh((4,), ("rows",), axis_types=(AxisType.Auto,))
+rng = np.random.default_rng(0)
+x, d = rng.standard_normal((8, 20, 64)).astype("f"), rng.standard_normal((5, 64)).astype("f")
+bank, a, b = d[:4], rng.standard_normal((8, 4)).astype("f"), np.zeros((8, 4), "f")
+spans, start, keep = np.tile(np.array([[0, 9]] * 4, np.int32), (8, 1, 1)), np.zeros(8, np.int32), np.ones(8, bool)
+def run(x, a, b, spans, start, keep, d, bank):
+    return (kernels.project(x, d, cosine=True), kernels.project_pool(x, d, spans),
+            kernels.steer_project(x, bank, a, b, spans, start, keep, d))
+rows = P("rows")
+given = (x, a, b, spans, start, keep, d, bank)
+split = jax.jit(jax.shard_map(run, mesh=mesh, in_specs=(rows,) * 6 + (P(), P()), out_specs=rows))(*given)
+for got, want in zip(jax.tree.leaves(split), jax.tree.leaves(run(*given)), strict=True):
+    assert len(got.sharding.device_set) == 4 and np.allclose(got, want, atol=1e-5)
+print("sharded", len(jax.devices()))
+"""
+
+
+def test_ops_run_on_a_mesh():
+    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run([sys.executable, "-c", SHARDED], env={**os.environ, **flags}, capture_output=True, text=True)
+    assert done.stdout.strip() == "sharded 4", done.stderr[-2000:]
+
+
+def test_one_jitted_program_is_exported_for_each_platform():
+    """What is chosen is chosen when it is lowered: the kernel for TPUs, the reference for CPUs, which runs here.
+
+    JAX cannot put a Pallas kernel into one export for several platforms at once.
+    """
+    x, d, _ = operands(2, 2048, 171, 576, DTYPES[2])
+    run = jax.jit(functools.partial(kernels.project, cosine=True))
+    for_tpu, here = (jax.export.export(run, platforms=[platform])(x, d) for platform in ("tpu", "cpu"))
+    assert "tpu_custom_call" in for_tpu.mlir_module() and "tpu_custom_call" not in here.mlir_module()
+    assert np.array_equal(here.call(x, d), kernels.project(x, d, cosine=True, impl="reference"))
+    assert "tpu_custom_call" not in run.lower(x, d).as_text()
+
+
+# ---- choice ----------------------------------------------------------------------------------------------------------
+
+HOME = choice.Work("project", 1, 65536, 2048, 171, "bfloat16", "bfloat16")
+
+
+def test_the_choice_is_what_was_measured_else_the_roofline(tmp_path):
+    kind = "TPU v5e"
+    plain, cosine = choice.choose(HOME, "tpu", kind), choice.choose(HOME._replace(cosine=True), "tpu", kind)
+    assert (
+        not plain.kernel and "1.00x the reference by the roofline of TPU v5e" in plain.why
+    )  # XLA reads x once as well
+    assert cosine.kernel and cosine.tile >= 256
+    path = tmp_path / "tuned.json"
+    entry = {"op": "project", "x": "bfloat16", "directions": "bfloat16", "centred": False, "cosine": True, "D": 2304, "E": 200,
+             "tile": 64, "speedup": 0.9}  # fmt: skip
+    path.write_text(json.dumps({kind: [entry], "NVIDIA H100 80GB HBM3": [entry]}))
+    with mock.patch.object(choice, "TUNED", path):
+        choice.tuned.cache_clear(), choice.choose.cache_clear()
+        slow = choice.choose(HOME._replace(cosine=True), "tpu", kind)
+        assert not slow.kernel and "measured on TPU v5e: 0.90x" in slow.why
+        assert choice.choose(HOME._replace(cosine=True, D=8192), "tpu", kind).kernel, "far from what was measured"
+        assert choice.choose(HOME._replace(cosine=True), "tpu", "TPU v6e").kernel, "another device"
+    choice.tuned.cache_clear(), choice.choose.cache_clear()
+
+
+def test_what_a_kernel_cannot_take_falls_back_and_only_that():
+    huge = HOME._replace(D=65536, E=1024)
+    assert "do not fit the chip's memory" in choice.choose(huge, "tpu", "TPU v5p").why
+    with pytest.raises(NotImplementedError, match="1024 directions of width 65536 do not fit"):
+        choice.choose(huge, "tpu", "TPU v5p", "kernel")
+    assert not choice.choose(HOME._replace(x="float16"), "tpu", "TPU v5e").kernel
+    assert not choice.choose(HOME._replace(cosine=True), "cpu", "cpu").kernel
+    assert not choice.choose(HOME._replace(cosine=True), "cuda", "NVIDIA H100 80GB HBM3").kernel, "not timed there"
+    short = HOME._replace(op="steer_project", T=1, rows=64, M=4)
+    assert "too short" in choice.choose(short, "tpu", "TPU v5e").why
+    x, d, _ = operands(1, 4, 2, 64, DTYPES[0])
+    with mock.patch.object(choice, "tiles", side_effect=KeyError("a mistake")), pytest.raises(KeyError):
+        choice.choose.cache_clear()
+        kernels.project(x[:, :3], d)
+    choice.choose.cache_clear()
+
+
+def test_the_choice_is_logged_once_where_it_is_made(caplog):
+    x, d, _ = operands(1, 5, 2, 64, DTYPES[0])
+    with (
+        caplog.at_level(logging.INFO, "jaxemo.kernels"),
+        mock.patch.object(choice, "here", lambda: "tpu"),
+        mock.patch.object(choice, "device_kind", lambda platform: "TPU v5e"),
+    ):
+        for _ in range(3):
+            jax.jit(lambda x: kernels.project(x, d, cosine=True)).lower(x)
+    (record,) = [r.getMessage() for r in caplog.records]
+    assert "op='project'" in record and "by the roofline of TPU v5e" in record
+
+
+def test_kernels_do_not_race_on_two_cores_and_a_race_would_be_found(capfd):
+    """The second time with `project_pool`'s sequential axis, along which it accumulates, declared parallel."""
+    from jaxemo.kernels.project import tpu as project_tpu
+    from jaxemo.kernels.project_pool import tpu as pool_tpu
+
+    x, d, _ = operands(1, 64, 3, 64, DTYPES[0])
+    spans, impl = np.array([[[3, 60]]], np.int32), {"impl": "kernel", "interpret": TWO_CORES}
+
+    def run():
+        jax.clear_caches()
+        with mock.patch.object(choice, "tiles", lambda *_: 16):
+            jax.block_until_ready((kernels.project(x, d, **impl), kernels.project_pool(x, d, spans, **impl),
+                                   kernels.top_tokens(x, d, spans, **impl),
+                                   kernels.steer_project(x, *interventions(1, 4, 64, 0), d, **impl)))  # fmt: skip
+        return capfd.readouterr().out
+
+    assert "RACE DETECTED" not in run()
+    parallel = project_tpu.params(2)
+    with mock.patch.object(pool_tpu, "params", lambda *_: parallel):
+        assert "RACE DETECTED" in run()
+    jax.clear_caches()

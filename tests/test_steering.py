@@ -17,7 +17,7 @@ L, D = 3, 32
 LENGTHS = (5, 9, 12)
 POOL = np.random.default_rng(0).standard_normal((6, L, D)).astype(np.float32)  # far from orthogonal, never parallel
 BATCH = TokenBatch(np.zeros((3, 12), np.int32), np.array(LENGTHS, np.int32))
-POSITIONS = np.tile(np.arange(12, dtype=np.int32), (3, 1))
+START = np.zeros(3, np.int32)
 
 
 def unit(i, layer):
@@ -41,7 +41,7 @@ apply_layers = jax.jit(jax.vmap(steering.apply, in_axes=(None, 0, 0, None)))
 def steer(rows, x):
     """`x [L, 3, 12, D]` after the steering of `rows`, every layer by itself."""
     interventions = steering.resolve(config(), rows, BATCH)
-    return np.asarray(apply_layers(interventions.replace(layers=None), interventions.layers, x, POSITIONS))
+    return np.asarray(apply_layers(interventions.replace(layers=None), interventions.layers, x, START)[0])
 
 
 def naive_positions(selection, length):
@@ -223,7 +223,7 @@ def test_keep_norm_with_nothing_left_is_finite():
 
     interventions = steering.resolve(config(), ablate(axis, keep_norm=True), BATCH)
     layer = jax.tree.map(lambda leaf: leaf[0], interventions.layers)
-    gradient = jax.grad(lambda x: steering.apply(interventions, layer, x, POSITIONS).sum())(x[0])
+    gradient = jax.grad(lambda x: steering.apply(interventions, layer, x, START)[0].sum())(x[0])
     assert np.isfinite(gradient).all()
 
 

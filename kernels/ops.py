@@ -1,0 +1,228 @@
+"""The public ops: arguments checked, the implementation chosen, derivatives taken from the reference.
+
+One program holds every platform's implementation until it is lowered for one, so that `jax.export` serves several.
+"""
+
+import functools
+import math
+from collections.abc import Callable
+from importlib import import_module
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxemo.kernels import choice
+from jaxemo.kernels.project.reference import project as project_reference
+from jaxemo.kernels.project_pool.reference import HOW
+from jaxemo.kernels.project_pool.reference import project_pool as project_pool_reference
+from jaxemo.kernels.steer_project.reference import steer_project as steer_project_reference
+from jaxemo.kernels.top_tokens.reference import top_tokens as top_tokens_reference
+
+PLATFORMS = ("tpu", "cuda")
+
+
+def _dispatch(work: choice.Work, impl: str, interpret: Any, reference: Callable, kernel: Callable, *arrays):
+    """`reference(*arrays)`, by `kernel(module, *arrays, tile=, interpret=)` on the platforms where that is chosen.
+
+    `interpret` runs the TPU kernel with Pallas' interpreter on whatever platform there is.
+    """
+    branches, unable = {}, None
+    for platform in PLATFORMS:
+        try:
+            chosen = choice.choose(work, platform, choice.device_kind(platform), impl)
+        except NotImplementedError as error:
+            unable = error
+            continue
+        if platform == choice.here():
+            choice.log.info("%s: %s, %s", work, "kernel" if chosen.kernel else "reference", chosen.why)
+        if chosen.kernel:
+            branches[platform] = functools.partial(kernel, platform, tile=chosen.tile, interpret=False)
+    if interpret is not False:
+        run = functools.partial(kernel, "tpu", tile=choice.tiles(work, "tpu", None), interpret=interpret)
+    elif branches:
+        run = functools.partial(lax.platform_dependent, default=reference, **branches)
+    elif unable:
+        raise unable
+    else:
+        return reference(*arrays)
+
+    differentiable = jax.custom_jvp(lambda *arrays: run(*arrays))
+
+    @differentiable.defjvp
+    def _(primals, tangents):
+        return differentiable(*primals), jax.jvp(reference, primals, tangents)[1]
+
+    return differentiable(*arrays)
+
+
+def _kernel(op: str, platform: str, *arrays, tile: int, interpret, **options):
+    """The op's kernel for `platform`."""
+    module = import_module(f"jaxemo.kernels.{op}.{'gpu' if platform == 'cuda' else 'tpu'}")
+    run = functools.partial(getattr(module, op), tile=tile, interpret=interpret, **options)
+    return jax.custom_batching.sequential_vmap(run)(*arrays)  # under vmap, one call after another
+
+
+def _work(op: str, x, directions, centre=None, cosine=False, bank=None) -> choice.Work:
+    return choice.Work(
+        op=op,
+        rows=math.prod(x.shape[:-2]),
+        T=x.shape[-2],
+        D=x.shape[-1],
+        E=0 if directions is None else directions.shape[0],
+        x=str(x.dtype),
+        directions=str((bank if directions is None else directions).dtype),
+        M=0 if bank is None else bank.shape[0],
+        centred=centre is not None,
+        cosine=cosine,
+    )
+
+
+def _check(op: str, x, directions, centre, offset, scale) -> None:
+    if directions.ndim != 2 or x.ndim < 1 or x.shape[-1] != directions.shape[-1]:
+        raise ValueError(f"{op} needs x [..., D] and directions [E, D], got {x.shape} and {directions.shape}")
+    E, D = directions.shape
+    for name, array, shape in (("centre", centre, (D,)), ("offset", offset, (E,)), ("scale", scale, (E,))):
+        if array is not None and array.shape != shape:
+            raise ValueError(f"{op} needs {name} {list(shape)}, got {list(array.shape)}")
+
+
+def _check_spans(op: str, x, spans) -> None:
+    if x.ndim != 3 or spans.ndim != 3 or spans.shape[::2] != (x.shape[0], 2):
+        raise ValueError(f"{op} needs x [B, T, D] and spans [B, P, 2], got {x.shape} and {spans.shape}")
+
+
+def _arrays(*given):
+    return tuple(None if array is None else jnp.asarray(array) for array in given)
+
+
+@functools.partial(jax.jit, static_argnames=("cosine", "impl", "interpret"))
+def _project(x, directions, centre, offset, scale, cosine, impl, interpret):
+    flat = x.reshape(-1, x.shape[-1])
+    scores = _dispatch(
+        _work("project", flat, directions, centre, cosine),
+        impl,
+        interpret,
+        functools.partial(project_reference, cosine=cosine),
+        functools.partial(_kernel, "project", cosine=cosine),
+        *(flat, directions, centre, offset, scale),
+    )
+    return scores.reshape(*x.shape[:-1], directions.shape[0])
+
+
+def project(x, directions, centre=None, offset=None, scale=None, *, cosine=False, impl="auto", interpret=False):
+    """Scores, float32 `[..., E]`, of activations `x [..., D]` on `directions [E, D]`: `(y · d_e − offset_e) · scale_e`.
+
+    `y` is x minus `centre [D]`, divided by its length where `cosine` (a zero y scores 0 before the offset). With unit
+    directions a score has the unit of the activations, or is a cosine; `offset [E]` and `scale [E]` make it a z-score.
+
+    Operands may be float32 or bfloat16. Products are accumulated in float32. The kernels split float32 directions of
+    bfloat16 activations into two bfloat16 parts, which keeps 16 bits of them. `impl` is "auto", "kernel" or "reference";
+    `interpret` is for tests (see `jaxemo.kernels.ops`). Raises ValueError where the shapes do not fit.
+    """
+    x, directions, centre, offset, scale = _arrays(x, directions, centre, offset, scale)
+    _check("project", x, directions, centre, offset, scale)
+    return _project(x, directions, centre, offset, scale, cosine, impl, interpret)
+
+
+@functools.partial(jax.jit, static_argnames=("cosine", "how", "impl", "interpret"))
+def _project_pool(x, directions, spans, centre, offset, scale, cosine, how, impl, interpret):
+    return _dispatch(
+        _work("project_pool", x, directions, centre, cosine),
+        impl,
+        interpret,
+        functools.partial(project_pool_reference, cosine=cosine, how=how),
+        functools.partial(_kernel, "project_pool", cosine=cosine, how=how),
+        *(x, directions, spans, centre, offset, scale),
+    )
+
+
+def project_pool(
+    x,
+    directions,
+    spans,
+    centre=None,
+    offset=None,
+    scale=None,
+    *,
+    cosine=False,
+    how="mean",
+    impl="auto",
+    interpret=False,
+):
+    """Scores `[B, E]`, float32, of `x [B, T, D]`: the "mean", "max" or "last" over the tokens in `spans [B, P, 2]`.
+
+    Spans are start <= position < stop, int32, and do not overlap. The rest as in `project`. What lies outside the spans,
+    such as padding, does not count, whatever it holds. A row whose spans name no token of it has mean and last 0 and
+    maximum -inf.
+    """
+    x, directions, spans, centre, offset, scale = _arrays(x, directions, spans, centre, offset, scale)
+    _check("project_pool", x, directions, centre, offset, scale)
+    _check_spans("project_pool", x, spans)
+    if how not in HOW:
+        raise ValueError(f"how={how!r}; expected one of {', '.join(HOW)}")
+    return _project_pool(x, directions, spans, centre, offset, scale, cosine, how, impl, interpret)
+
+
+@functools.partial(jax.jit, static_argnames=("cosine", "k", "impl", "interpret"))
+def _top_tokens(x, directions, spans, centre, offset, scale, cosine, k, impl, interpret):
+    return _dispatch(
+        _work("top_tokens", x, directions, centre, cosine),
+        impl,
+        interpret,
+        functools.partial(top_tokens_reference, cosine=cosine, k=k),
+        functools.partial(_kernel, "top_tokens", cosine=cosine, k=k),
+        *(x, directions, spans, centre, offset, scale),
+    )
+
+
+def top_tokens(
+    x, directions, spans, centre=None, offset=None, scale=None, *, cosine=False, k=8, impl="auto", interpret=False
+):
+    """The `k` highest scores among the tokens of `x [B, T, D]` in `spans [B, P, 2]`, and where they are: both `[E, k]`.
+
+    Scores, float32, as in `project`, highest first; places, int32, are `row * T + position`, equal scores in order of
+    place. Where fewer than k tokens are selected, scores are -inf and places -1.
+    """
+    x, directions, spans, centre, offset, scale = _arrays(x, directions, spans, centre, offset, scale)
+    _check("top_tokens", x, directions, centre, offset, scale)
+    _check_spans("top_tokens", x, spans)
+    if k < 1:
+        raise ValueError(f"k={k}; it must be at least 1")
+    return _top_tokens(x, directions, spans, centre, offset, scale, cosine, k, impl, interpret)
+
+
+@functools.partial(jax.jit, static_argnames=("impl", "interpret"))
+def _steer_project(x, bank, a, b, spans, start, keep_norm, directions, impl, interpret):
+    return _dispatch(
+        _work("steer_project", x, directions, bank=bank),
+        impl,
+        interpret,
+        steer_project_reference,
+        functools.partial(_kernel, "steer_project"),
+        *(x, bank, a, b, spans, start, keep_norm, directions),
+    )
+
+
+def steer_project(x, bank, a, b, spans, start, keep_norm, directions=None, *, impl="auto", interpret=False):
+    """`x' = x + Σ_m (a_m − b_m · (x · d_m)) d_m` for the unit directions `d_m` of `bank [M, D]`, and `project(x', directions)`.
+
+    Args:
+      x: `[B, T, D]`; its first token lies at position `start [B]` of each row.
+      a, b: coefficients `[B, M]`, float32.
+      spans: `[B, M, 2]`, the positions start <= t < stop at which each direction acts.
+      keep_norm: `[B]` bool, whether steered tokens are rescaled to the length they had.
+      directions: `[E, D]` to score the result on, or None.
+
+    Computed in float32. Returns x' in the type of x, and float32 scores `[B, T, E]` of x' as it is returned, or None.
+    Where a and b are 0 no bit of x changes.
+    """
+    x, bank, a, b, spans, start, keep_norm, directions = _arrays(x, bank, a, b, spans, start, keep_norm, directions)
+    B, M, D = x.shape[0], bank.shape[0], bank.shape[-1]
+    for name, array, shape in (("a", a, (B, M)), ("b", b, (B, M)), ("spans", spans, (B, M, 2)), ("start", start, (B,)),
+                               ("keep_norm", keep_norm, (B,)), ("x", x, (B, x.shape[1], D))):  # fmt: skip
+        if array.shape != shape:
+            raise ValueError(f"steer_project needs {name} {list(shape)}, got {list(array.shape)}")
+    if directions is not None:
+        _check("steer_project", x, directions, None, None, None)
+    return _steer_project(x, bank, a, b, spans, start, keep_norm, directions, impl, interpret)

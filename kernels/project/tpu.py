@@ -1,0 +1,112 @@
+"""`project` for TPUs, and what the other ops' TPU kernels share with it.
+
+A tile of activations comes into VMEM once; the directions stay there. The matrix unit multiplies bfloat16, so float32
+operands beside bfloat16 activations are split into a high and a low bfloat16 part; float32 activations are multiplied at
+the highest precision.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+from jaxemo.kernels import choice
+
+
+def split(x: jax.Array, parts: int) -> list[jax.Array]:
+    """`x` as `parts` bfloat16 matrices that add up to it, with 8 bits each; as it is where it is bfloat16 or for 0 parts."""
+    if parts == 0 or x.dtype == jnp.bfloat16:
+        return [x]
+    found = []
+    for _ in range(parts):
+        found.append(x.astype(jnp.bfloat16))
+        x = x - found[-1].astype(jnp.float32)
+    return found
+
+
+def product(x: list[jax.Array], y: list[jax.Array], contract: tuple[int, int]) -> jax.Array:
+    """The float32 product of two matrices given in parts, over the axes `contract`, without products of low parts."""
+    precision = lax.Precision.HIGHEST if x[0].dtype == jnp.float32 else lax.Precision.DEFAULT
+    terms = [
+        lax.dot_general(u, v, (((contract[0],), (contract[1],)), ((), ())), precision, jnp.float32)
+        for i, u in enumerate(x)
+        for j, v in enumerate(y)
+        if i + j < max(len(x), len(y))
+    ]
+    return functools.reduce(jnp.add, reversed(terms))  # small terms first
+
+
+def readout(x_dtype, directions, centre=None, offset=None, scale=None):
+    """The arrays that stay in VMEM: the directions' parts, `[2, E]` offset and scale, and the centre `[1, D]` or None."""
+    E = directions.shape[0]
+    directions = directions.astype(jnp.float32) if x_dtype == jnp.float32 else directions
+    offset = jnp.zeros(E) if offset is None else offset
+    scale = jnp.ones(E) if scale is None else scale
+    return {
+        "parts": split(directions, 0 if x_dtype == jnp.float32 else 2),
+        "affine": jnp.stack([offset, scale]).astype(jnp.float32),
+        "centre": None if centre is None else centre.astype(jnp.float32)[None],
+    }
+
+
+def score(x: jax.Array, arrays, cosine: bool) -> jax.Array:
+    """`[t, E]` scores of a tile `[t, D]`, by `readout`'s arrays as the kernel holds them."""
+    parts = 0 if x.dtype == jnp.float32 else 3 if len(arrays["parts"]) == 1 else 2
+    y = x if arrays["centre"] is None else x.astype(jnp.float32) - arrays["centre"][...]
+    s = product(split(y, parts), [part[...] for part in arrays["parts"]], (1, 1))
+    if cosine:
+        square = jnp.sum(jnp.square(y.astype(jnp.float32)), axis=-1, keepdims=True)
+        s = s * jnp.where(square > 0, lax.rsqrt(jnp.where(square > 0, square, 1.0)), 0.0)
+    return (s - arrays["affine"][0:1]) * arrays["affine"][1:2]
+
+
+def resident(arrays):
+    """Block specs for arrays that every program of the grid sees whole, fetched once."""
+    return jax.tree.map(
+        lambda array: pl.BlockSpec(array.shape, lambda *_: (0,) * array.ndim, pipeline_mode=pl.Buffered(1)), arrays
+    )
+
+
+def params(parallel: int, sequential: int = 0) -> pltpu.CompilerParams:
+    """For a grid whose first axes may run in any order and whose last ones may not."""
+    figures = choice.device(choice.device_kind("tpu"))
+    return pltpu.CompilerParams(
+        dimension_semantics=(pltpu.PARALLEL,) * parallel + (pltpu.ARBITRARY,) * sequential,
+        vmem_limit_bytes=int(0.9 * figures.on_chip) if figures else None,
+    )
+
+
+def estimate(products: int, operands, outputs) -> pl.CostEstimate:
+    """What a kernel costs that moves each operand and output once and makes so many products, for XLA's scheduler."""
+    moved = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves((operands, outputs)))
+    return pl.CostEstimate(flops=2 * products, bytes_accessed=moved, transcendentals=0)
+
+
+def out_type(shape, dtype, like) -> jax.ShapeDtypeStruct:
+    """The type of an output, which varies over the mesh axes that `like` varies over (inside `shard_map`)."""
+    return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=jax.typeof(like).manual_axis_type)
+
+
+def project(x, directions, centre, offset, scale, *, cosine, tile, interpret):
+    N, D = x.shape
+    E = directions.shape[0]
+    arrays = readout(x.dtype, directions, centre, offset, scale)
+
+    def kernel(x_ref, arrays, out_ref):
+        out_ref[...] = score(x_ref[...], arrays, cosine)
+
+    tile = min(tile, -(-N // 16) * 16)
+    out = out_type((N, E), jnp.float32, x)
+    return pl.pallas_call(
+        kernel,
+        out,
+        grid=(pl.cdiv(N, tile),),
+        in_specs=[pl.BlockSpec((tile, D), lambda i: (i, 0)), resident(arrays)],
+        out_specs=pl.BlockSpec((tile, E), lambda i: (i, 0)),
+        compiler_params=params(1),
+        cost_estimate=estimate(N * E * D, (x, arrays), out),
+        interpret=interpret,
+        name="project",
+    )(x, arrays)

@@ -1,0 +1,73 @@
+"""`project_pool` for TPUs: the scores of a tile are reduced where they are; only `[B, E]` is written."""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+from jaxemo.kernels.project.tpu import estimate, out_type, params, readout, resident, score
+
+
+def selected(spans_ref, row, start, count: int) -> jax.Array:
+    """Which of the positions from `start` on lie in the row's spans, `[count, 1]`; `spans_ref [B, P, 2]` is in SMEM."""
+    at = start + lax.broadcasted_iota(jnp.int32, (count, 1), 0)
+    here = jnp.zeros((count, 1), jnp.bool)
+    for p in range(spans_ref.shape[1]):
+        here |= (spans_ref[row, p, 0] <= at) & (at < spans_ref[row, p, 1])
+    return here
+
+
+def project_pool(x, directions, spans, centre, offset, scale, *, cosine, how, tile, interpret):
+    B, T, D = x.shape
+    E = directions.shape[0]
+    arrays = readout(x.dtype, directions, centre, offset, scale)
+    tile = min(tile, -(-T // 16) * 16)
+    start = {"max": -jnp.inf}.get(how, 0.0)
+
+    def kernel(spans_ref, x_ref, arrays, out_ref, count_ref):
+        row, i = pl.program_id(0), pl.program_id(1)
+
+        @pl.when(i == 0)
+        def _():
+            out_ref[...] = jnp.full_like(out_ref, start)
+            count_ref[0] = 0
+
+        here = selected(spans_ref, row, i * tile, tile) & (i * tile + lax.broadcasted_iota(jnp.int32, (tile, 1), 0) < T)
+        count = jnp.sum(here.astype(jnp.int32))
+
+        @pl.when(count > 0)
+        def _():
+            # What is not selected may be anything, NaN too, and must not reach a sum.
+            s = score(jnp.where(here, x_ref[...], 0), arrays, cosine)
+            if how == "max":
+                out_ref[...] = jnp.maximum(out_ref[...], jnp.max(jnp.where(here, s, -jnp.inf), 0, keepdims=True))
+            elif how == "last":
+                at = lax.broadcasted_iota(jnp.int32, (tile, 1), 0)
+                last = jnp.max(jnp.where(here, at, -1))
+                out_ref[...] = jnp.sum(jnp.where(at == last, s, 0), 0, keepdims=True)
+            else:
+                out_ref[...] += jnp.sum(jnp.where(here, s, 0), 0, keepdims=True)
+            count_ref[0] += count
+
+        if how == "mean":
+
+            @pl.when(i == pl.num_programs(1) - 1)
+            def _():
+                out_ref[...] = out_ref[...] / jnp.maximum(count_ref[0], 1).astype(jnp.float32)
+
+    out = out_type((B, 1, E), jnp.float32, x)
+    return pl.pallas_call(
+        kernel,
+        out,
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=1,
+            grid=(B, pl.cdiv(T, tile)),
+            in_specs=[pl.BlockSpec((None, tile, D), lambda b, i, _: (b, i, 0)), resident(arrays)],
+            out_specs=pl.BlockSpec((None, 1, E), lambda b, i, _: (b, 0, 0)),
+            scratch_shapes=[pltpu.SMEM((1,), jnp.int32)],
+        ),
+        compiler_params=params(1, 1),
+        cost_estimate=estimate(B * T * E * D, (x, arrays, spans), out),
+        interpret=interpret,
+        name="project_pool",
+    )(spans.astype(jnp.int32), x, arrays)[:, 0]
