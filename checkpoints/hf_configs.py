@@ -127,6 +127,14 @@ def _attention(
     }
 
 
+def _period(k: Keys, name: str, default: int) -> int:
+    """Every how manyeth layer is another kind, by the key `name`."""
+    period = k.whole(name, default)
+    if period < 1:
+        raise k.fault(name, "expected at least 1")
+    return period
+
+
 def llama(
     k: Keys,
     *,
@@ -185,13 +193,13 @@ def mistral(k: Keys) -> dict[str, Any]:
 
 
 def smollm3(k: Keys) -> dict[str, Any]:
-    interval = k.whole("no_rope_layer_interval", 4)
+    interval = _period(k, "no_rope_layer_interval", 4)
     listed = k("no_rope_layers", None)
     if listed is not None and not (isinstance(listed, list) and all(v in (0, 1) for v in listed)):
         raise k.fault("no_rope_layers", "expected a list of 0 and 1")
     if listed is not None and len(listed) != k.whole("num_hidden_layers"):
         raise k.fault("no_rope_layers", "expected one number a layer")
-    without = [not v for v in listed] if listed else [(i + 1) % max(interval, 1) == 0 for i in range(MOST_LAYERS)]
+    without = [not v for v in listed] if listed else [(i + 1) % interval == 0 for i in range(MOST_LAYERS)]
     window = k.whole("sliding_window", 0) if k.flag("use_sliding_window", False) else 0
     k.ignore("sliding_window", "max_window_layers")
     return llama(k, n_kv_heads=4, tied=True, theta=2e6, window=window, no_rope=lambda i, kind: without[i],
@@ -277,7 +285,7 @@ def gemma2(k: Keys, version: int = 2) -> dict[str, Any]:
         caps = (("attn_logit_softcapping", 50.0), ("final_logit_softcapping", 30.0))
         cap, logit_cap = (k.number(name, 0.0 if k.has(name) else default) for name, default in caps)
     else:
-        period = max(k.whole("sliding_window_pattern", k.whole("_sliding_window_pattern", 6)), 1)
+        period = _period(k, "sliding_window_pattern", k.whole("_sliding_window_pattern", 6))
         fields = llama(k, **common, types=lambda i: SLIDING if (i + 1) % period else FULL, theta=1e6, local_theta=1e4)
         k.insist("attn_logit_softcapping")
         cap, logit_cap = 0.0, k.number("final_logit_softcapping", 0.0)
@@ -353,7 +361,7 @@ def glm4(k: Keys) -> dict[str, Any]:
 
 
 def cohere2(k: Keys) -> dict[str, Any]:
-    period = k.whole("sliding_window_pattern", k.whole("_sliding_window_pattern", 4))
+    period = _period(k, "sliding_window_pattern", k.whole("_sliding_window_pattern", 4))
     k.ignore("cache_implementation", "order_of_interleaved_layers", "rotary_pct", "position_embedding_type")
     k.insist("use_parallel_block", True)
     k.insist("use_parallel_embedding", True, False)

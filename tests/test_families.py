@@ -241,6 +241,8 @@ REFUSED = [
     ("llama-v3", {"model_type": "qwen3_5_text"}, "qwen3_5_text"),
     ("llama-v3", {"num_attention_heads": 3}, ""),
     ("llama-v3", {"hidden_size": "32"}, "hidden_size"),
+    ("cohere2-hub", {"sliding_window_pattern": 0}, "sliding_window_pattern"),
+    ("smollm3-hub", {"no_rope_layer_interval": 0}, "no_rope_layer_interval"),
     ("qwen2-window", {"layer_types": ["full_attention", "chunked_attention", "full_attention"]}, "layer_types"),
 ]
 
