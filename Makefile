@@ -5,7 +5,7 @@ CONSTRAINTS ?= -c constraints.txt
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(CONSTRAINTS)
 
-.PHONY: demo test lint tpu parity fuzz bench-loading clean
+.PHONY: demo test lint test-tpu parity fuzz bench-loading bench-kernels clean
 
 # The main job on a real model; writes report.html.
 demo: $(VENV)/.base
@@ -23,7 +23,7 @@ lint: $(VENV)/.lint
 	cd build/types && $(CURDIR)/$(BIN)/mypy --config-file $(CURDIR)/pyproject.toml -p jaxemo
 
 # Compile whole programs for TPUs, on this machine's CPU.
-tpu:
+test-tpu:
 	$(MAKE) VENV=.venv-tpu .venv-tpu/.tpu
 	JAX_PLATFORMS=cpu TPU_SKIP_MDS_QUERY=1 .venv-tpu/bin/python -m pytest tests/tpu
 
@@ -42,6 +42,10 @@ fuzz: $(VENV)/.test
 bench-loading:
 	$(MAKE) VENV=.venv-parity .venv-parity/.parity
 	.venv-parity/bin/python bench/loading.py --peer
+
+# Check and time the kernels on the TPU or GPU at hand; with ARGS=--tune, choose by what was measured from then on.
+bench-kernels: $(VENV)/.base
+	$(BIN)/python bench/kernels.py $(ARGS)
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)

@@ -87,23 +87,31 @@ def passes(work: Work) -> tuple[int, int]:
 
 
 def cost(work: Work, kernel: bool) -> tuple[int, int]:
-    """Bytes to and from memory, and bfloat16 FLOPs. The kernels read the activations once."""
+    """Bytes to and from memory, and bfloat16 FLOPs. The kernels read the activations once.
+
+    Matrix units work on whole blocks of 128 columns, whatever the number of directions.
+    """
     N, D, E, M = work.rows * work.T, work.D, work.E, work.M
     x = N * D * jnp.dtype(work.x).itemsize
     count = passes(work)[not kernel]
     constants = E * D * jnp.dtype(work.directions).itemsize + 2 * M * D * 4
     if kernel and work.x == "bfloat16":  # the parts of what is float32 are written, and read again
         constants += 2 * (E * D * 4 * (work.directions == "float32") + M * D * 4)
-    flops = 2 * N * D * E * count
+    flops = 2 * N * D * _whole(E) * count
     scores = N * E * 4 if work.op in ("project", "steer_project") else 0
     if work.op == "steer_project":
-        flops += 2 * 2 * N * D * M * (3 if kernel else 6)
+        exact = work.x == "float32" or not kernel
+        flops += 2 * N * D * _whole(M) * (6 + 6 if exact else 2 + 3)  # the projections, and the update
         # XLA: one pass for the projections, one for the update, one for the length, one for the scores
         return constants + scores + (2 if kernel else 5) * x, flops
     if kernel:
         return constants + scores + x, flops
     again = x * work.cosine + 2 * 4 * N * D * work.centred
     return constants + x + again + N * E * 4 * (1 if work.op == "project" else 3), flops
+
+
+def _whole(n: int) -> int:
+    return -(-n // 128) * 128
 
 
 def seconds(work: Work, figures: Device, kernel: bool) -> float:
@@ -134,6 +142,9 @@ def choose(work: Work, platform: str, kind: str, impl: str = "auto") -> Choice:
     if impl == "reference" or platform not in ("tpu", "cuda"):
         return Choice(False, 0, "asked for" if impl == "reference" else f"there is no kernel for {platform}")
     figures = device(kind)
+    timed = next((entry for entry in tuned().get(kind, ()) if near(entry, work)), None)
+    if impl == "auto" and timed is None and (platform == "cuda" or figures is None):
+        return Choice(False, 0, f"the kernel was not timed on {kind}")
     try:
         tile = tiles(work, platform, figures)
     except NotImplementedError as error:
@@ -142,15 +153,11 @@ def choose(work: Work, platform: str, kind: str, impl: str = "auto") -> Choice:
         return Choice(False, 0, str(error))
     if impl == "kernel":
         return Choice(True, tile, "asked for")
-    for entry in tuned().get(kind, ()):
-        if near(entry, work):
-            return Choice(
-                entry["speedup"] > 1, entry["tile"], f"measured on {kind}: {entry['speedup']:.2f}x the reference"
-            )
+    if timed:
+        return Choice(timed["speedup"] > 1, timed["tile"], f"measured on {kind}: {timed['speedup']:.2f}x the reference")
+    assert figures is not None
     if work.op != "project" and work.T < FEW:
         return Choice(False, 0, f"rows of {work.T} tokens are too short for the kernel")
-    if platform == "cuda" or figures is None:
-        return Choice(False, 0, f"the kernel was not timed on {kind}")
     gain = seconds(work, figures, False) / seconds(work, figures, True)
     return Choice(gain >= GAIN, tile, f"{gain:.2f}x the reference by the roofline of {kind}")
 
@@ -160,9 +167,13 @@ def tiles(work: Work, platform: str, figures: Device | None) -> int:
     if work.x not in ("float32", "bfloat16"):
         raise NotImplementedError(f"activations are {work.x}, not float32 or bfloat16")
     if platform == "cuda":
-        raise NotImplementedError(f"there is no GPU kernel of {work.op}")
+        try:
+            from jaxemo.kernels import hopper  # here: it imports this module
+        except ImportError as error:
+            raise NotImplementedError("this JAX has no Mosaic GPU") from error
+        return hopper.tile(work)
     room = int(0.7 * (figures.on_chip if figures else 64 << 20))
-    lanes = -(-work.E // 128) * 128
+    lanes = _whole(work.E)
     parts = 1 + (work.directions == "float32") if work.x == "bfloat16" else 2  # float32 counts double
     constants = 2 * work.D * (parts * -(-work.E // 16) * 16 + 2 * -(-work.M // 16) * 16)
     wide = 3 if work.op == "steer_project" else 1 + work.cosine + 4 * work.centred  # float32 copies of a tile

@@ -17,6 +17,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxemo.kernels import choice
+from jaxemo.kernels.split import split
 
 K = 64  # of the D numbers a step: one swizzled line of 128 bytes of bfloat16
 PIECE = 64  # tokens that leave a warpgroup's registers at a time; also the rows of one WGMMA
@@ -45,17 +46,6 @@ def parts(x: str, directions: str, centred: bool) -> tuple[int, int]:
         return 3, 3 if directions == "float32" else 1
     count = 2 if directions == "float32" else 1
     return 4 - count if centred else 0, count
-
-
-def split(x: jax.Array, count: int) -> list[jax.Array]:
-    """`x` as `count` bfloat16 arrays that add up to it but for its last bits."""
-    found = []
-    x = x.astype(jnp.float32)
-    for _ in range(count):
-        rounded = lax.reduce_precision(x, 8, 7)  # a conversion there and back might be compiled away
-        found.append(rounded.astype(jnp.bfloat16))
-        x = x - rounded
-    return found
 
 
 def pad(x: jax.Array, axis: int, size: int) -> jax.Array:

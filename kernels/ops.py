@@ -60,7 +60,13 @@ def _kernel(op: str, platform: str, *arrays, tile: int, interpret, **options):
     """The op's kernel for `platform`."""
     module = import_module(f"jaxemo.kernels.{op}.{'gpu' if platform == 'cuda' else 'tpu'}")
     run = functools.partial(getattr(module, op), tile=tile, interpret=interpret, **options)
-    return jax.custom_batching.sequential_vmap(run)(*arrays)  # under vmap, one call after another
+    out = jax.custom_batching.sequential_vmap(run)(*arrays)  # under vmap, one call after another
+    varying = jax.typeof(arrays[0]).manual_axis_type.varying  # inside shard_map; a GPU kernel's output does not say so
+
+    def vary(y):
+        return lax.pcast(y, tuple(varying - jax.typeof(y).manual_axis_type.varying), to="varying")
+
+    return jax.tree.map(vary, out) if varying else out
 
 
 def _work(op: str, x, directions, centre=None, cosine=False, bank=None) -> choice.Work:

@@ -5,6 +5,7 @@ import itertools
 import json
 import logging
 import os
+import pathlib
 import subprocess
 import sys
 from unittest import mock
@@ -504,3 +505,10 @@ def test_kernels_do_not_race_on_two_cores_and_a_race_would_be_found(capfd):
     with mock.patch.object(pool_tpu, "params", lambda *_: parallel):
         assert "RACE DETECTED" in run()
     jax.clear_caches()
+
+
+def test_the_pages_table_is_what_the_command_prints():
+    root = pathlib.Path(__file__).parent.parent
+    printed = subprocess.check_output([sys.executable, root / "bench" / "kernels.py", "--table"], text=True).strip()
+    page = (root / "docs" / "kernels.md").read_text(encoding="utf-8")
+    assert page.partition("<!-- table -->\n")[2].partition("\n<!-- end of table -->")[0] == printed

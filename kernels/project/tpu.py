@@ -13,17 +13,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxemo.kernels import choice
-
-
-def split(x: jax.Array, parts: int) -> list[jax.Array]:
-    """`x` as `parts` bfloat16 matrices that add up to it, with 8 bits each; as it is where it is bfloat16 or for 0 parts."""
-    if parts == 0 or x.dtype == jnp.bfloat16:
-        return [x]
-    found = []
-    for _ in range(parts):
-        found.append(x.astype(jnp.bfloat16))
-        x = x - found[-1].astype(jnp.float32)
-    return found
+from jaxemo.kernels.split import round_inside, split
 
 
 def product(x: list[jax.Array], y: list[jax.Array], contract: tuple[int, int]) -> jax.Array:
@@ -55,7 +45,7 @@ def score(x: jax.Array, arrays, cosine: bool) -> jax.Array:
     """`[t, E]` scores of a tile `[t, D]`, by `readout`'s arrays as the kernel holds them."""
     parts = 0 if x.dtype == jnp.float32 else 3 if len(arrays["parts"]) == 1 else 2
     y = x if arrays["centre"] is None else x.astype(jnp.float32) - arrays["centre"][...]
-    s = product(split(y, parts), [part[...] for part in arrays["parts"]], (1, 1))
+    s = product(split(y, parts, round_inside), [part[...] for part in arrays["parts"]], (1, 1))
     if cosine:
         square = jnp.sum(jnp.square(y.astype(jnp.float32)), axis=-1, keepdims=True)
         s = s * jnp.where(square > 0, lax.rsqrt(jnp.where(square > 0, square, 1.0)), 0.0)

@@ -10,8 +10,9 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxemo.kernels.hopper import PARAMS, PIECE, TILED, TILED_FLOAT32, K, columns, pad, split, up, whole
+from jaxemo.kernels.hopper import PARAMS, PIECE, TILED, TILED_FLOAT32, K, columns, pad, up, whole
 from jaxemo.kernels.project.gpu import out_type, write
+from jaxemo.kernels.split import split
 
 
 def stream(body, count: int, width: int, down: bool, refs, start=None):

@@ -4,7 +4,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
-from jaxemo.kernels.project.tpu import estimate, out_type, params, product, readout, resident, score, split
+from jaxemo.kernels.project.tpu import estimate, out_type, params, product, readout, resident, score
+from jaxemo.kernels.split import round_inside, split
 
 
 def steer_project(x, bank, a, b, spans, start, keep_norm, directions, *, tile, interpret):
@@ -24,12 +25,12 @@ def steer_project(x, bank, a, b, spans, start, keep_norm, directions, *, tile, i
         row, i = pl.program_id(0), pl.program_id(1)
         x = x_ref[...]
         bank = [part[...] for part in held["bank"]]
-        s = product(split(x, parts), bank, (1, 1))  # [t, M]
+        s = product([x], bank, (1, 1))  # [t, M]
         at = start_ref[row] + i * tile + lax.broadcasted_iota(jnp.int32, (tile, M), 0)
         here = (where_ref[0:1] <= at) & (at < where_ref[1:2])
         c = jnp.where(here, how_ref[0:1] - how_ref[1:2] * s, 0.0)
         x32 = x.astype(jnp.float32)
-        y = x32 + product(split(c, parts), bank, (1, 0))
+        y = x32 + product(split(c, parts, round_inside), bank, (1, 0))
         norm, before = (jnp.sqrt(jnp.sum(jnp.square(v), -1, keepdims=True)) for v in (y, x32))
         moved = jnp.max(jnp.abs(c), -1, keepdims=True) > 0
         rescale = (keep_ref[row] != 0) & moved & (norm > 0)

@@ -1,4 +1,4 @@
-"""Whole programs compile for TPUs: libtpu brings its compiler to machines without one (`make tpu`).
+"""Whole programs compile for TPUs: libtpu brings its compiler to machines without one (`make test-tpu`).
 
 What is proved: the steered and read forward pass and the decode loop lower and compile for a v5e and a v6e chip, in bfloat16
 with stacked layers, and fit its memory. What is not: that they are fast, or right, on the chip.
