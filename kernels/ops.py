@@ -20,6 +20,11 @@ from jaxemo.kernels.steer_project.reference import steer_project as steer_projec
 from jaxemo.kernels.top_tokens.reference import top_tokens as top_tokens_reference
 
 PLATFORMS = ("tpu", "cuda")
+CHOSEN = """
+    `impl` is "auto" (see `kernels.choose`), "kernel" or "reference"; `interpret` runs the TPU kernel in Pallas'
+    interpreter. Kernels keep 16 bits of float32 directions beside bfloat16 activations. Raises ValueError where shapes do
+    not fit, and NotImplementedError where a kernel is insisted on that cannot take them.
+    """
 
 
 def _dispatch(work: choice.Work, impl: str, interpret: Any, reference: Callable, kernel: Callable, *arrays):
@@ -98,6 +103,16 @@ def _check_spans(op: str, x, spans) -> None:
         raise ValueError(f"{op} needs x [B, T, D] and spans [B, P, 2], got {x.shape} and {spans.shape}")
 
 
+def _documented(reference: Callable) -> Callable[[Callable], Callable]:
+    """The op says what its reference says, and what is the same for all."""
+
+    def document(op):
+        op.__doc__ = reference.__doc__ + CHOSEN
+        return op
+
+    return document
+
+
 def _arrays(*given):
     return tuple(None if array is None else jnp.asarray(array) for array in given)
 
@@ -116,16 +131,8 @@ def _project(x, directions, centre, offset, scale, cosine, impl, interpret):
     return scores.reshape(*x.shape[:-1], directions.shape[0])
 
 
+@_documented(project_reference)
 def project(x, directions, centre=None, offset=None, scale=None, *, cosine=False, impl="auto", interpret=False):
-    """Scores, float32 `[..., E]`, of activations `x [..., D]` on `directions [E, D]`: `(y · d_e − offset_e) · scale_e`.
-
-    `y` is x minus `centre [D]`, divided by its length where `cosine` (a zero y scores 0 before the offset). With unit
-    directions a score has the unit of the activations, or is a cosine; `offset [E]` and `scale [E]` make it a z-score.
-
-    Operands may be float32 or bfloat16. Products are accumulated in float32. The kernels split float32 directions of
-    bfloat16 activations into two bfloat16 parts, which keeps 16 bits of them. `impl` is "auto", "kernel" or "reference";
-    `interpret` is for tests (see `jaxemo.kernels.ops`). Raises ValueError where the shapes do not fit.
-    """
     x, directions, centre, offset, scale = _arrays(x, directions, centre, offset, scale)
     _check("project", x, directions, centre, offset, scale)
     return _project(x, directions, centre, offset, scale, cosine, impl, interpret)
@@ -143,6 +150,7 @@ def _project_pool(x, directions, spans, centre, offset, scale, cosine, how, impl
     )
 
 
+@_documented(project_pool_reference)
 def project_pool(
     x,
     directions,
@@ -156,12 +164,6 @@ def project_pool(
     impl="auto",
     interpret=False,
 ):
-    """Scores `[B, E]`, float32, of `x [B, T, D]`: the "mean", "max" or "last" over the tokens in `spans [B, P, 2]`.
-
-    Spans are start <= position < stop, int32, and do not overlap. The rest as in `project`. What lies outside the spans,
-    such as padding, does not count, whatever it holds. A row whose spans name no token of it has mean and last 0 and
-    maximum -inf.
-    """
     x, directions, spans, centre, offset, scale = _arrays(x, directions, spans, centre, offset, scale)
     _check("project_pool", x, directions, centre, offset, scale)
     _check_spans("project_pool", x, spans)
@@ -182,14 +184,10 @@ def _top_tokens(x, directions, spans, centre, offset, scale, cosine, k, impl, in
     )
 
 
+@_documented(top_tokens_reference)
 def top_tokens(
     x, directions, spans, centre=None, offset=None, scale=None, *, cosine=False, k=8, impl="auto", interpret=False
 ):
-    """The `k` highest scores among the tokens of `x [B, T, D]` in `spans [B, P, 2]`, and where they are: both `[E, k]`.
-
-    Scores, float32, as in `project`, highest first; places, int32, are `row * T + position`, equal scores in order of
-    place. Where fewer than k tokens are selected, scores are -inf and places -1.
-    """
     x, directions, spans, centre, offset, scale = _arrays(x, directions, spans, centre, offset, scale)
     _check("top_tokens", x, directions, centre, offset, scale)
     _check_spans("top_tokens", x, spans)
@@ -210,19 +208,8 @@ def _steer_project(x, bank, a, b, spans, start, keep_norm, directions, impl, int
     )
 
 
+@_documented(steer_project_reference)
 def steer_project(x, bank, a, b, spans, start, keep_norm, directions=None, *, impl="auto", interpret=False):
-    """`x' = x + Σ_m (a_m − b_m · (x · d_m)) d_m` for the unit directions `d_m` of `bank [M, D]`, and `project(x', directions)`.
-
-    Args:
-      x: `[B, T, D]`; its first token lies at position `start [B]` of each row.
-      a, b: coefficients `[B, M]`, float32.
-      spans: `[B, M, 2]`, the positions start <= t < stop at which each direction acts.
-      keep_norm: `[B]` bool, whether steered tokens are rescaled to the length they had.
-      directions: `[E, D]` to score the result on, or None.
-
-    Computed in float32. Returns x' in the type of x, and float32 scores `[B, T, E]` of x' as it is returned, or None.
-    Where a and b are 0 no bit of x changes.
-    """
     x, bank, a, b, spans, start, keep_norm, directions = _arrays(x, bank, a, b, spans, start, keep_norm, directions)
     B, M, D = x.shape[0], bank.shape[0], bank.shape[-1]
     for name, array, shape in (("a", a, (B, M)), ("b", b, (B, M)), ("spans", spans, (B, M, 2)), ("start", start, (B,)),

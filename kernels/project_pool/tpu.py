@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
-from jaxemo.kernels.project.tpu import estimate, out_type, params, readout, resident, score
+from jaxemo.kernels.project.tpu import estimate, out_type, params, passes, readout, resident, score
 
 
 def selected(spans_ref, row, start, count: int) -> jax.Array:
@@ -67,7 +67,7 @@ def project_pool(x, directions, spans, centre, offset, scale, *, cosine, how, ti
             scratch_shapes=[pltpu.SMEM((1,), jnp.int32)],
         ),
         compiler_params=params(1, 1),
-        cost_estimate=estimate(B * T * E * D, (x, arrays, spans), out),
+        cost_estimate=estimate(B * T * E * D * passes(x.dtype, arrays), (x, arrays, spans), out),
         interpret=interpret,
         name="project_pool",
     )(spans.astype(jnp.int32), x, arrays)[:, 0]

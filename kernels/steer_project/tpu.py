@@ -4,7 +4,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
-from jaxemo.kernels.project.tpu import estimate, out_type, params, product, readout, resident, score
+from jaxemo.kernels.project.tpu import estimate, out_type, params, passes, product, readout, resident, score
 from jaxemo.kernels.split import round_inside, split
 
 
@@ -19,6 +19,7 @@ def steer_project(x, bank, a, b, spans, start, keep_norm, directions, *, tile, i
     # a, b, first and last position, one row of four a batch row
     how = jnp.stack([a, b], axis=1).astype(jnp.float32)  # [B, 2, M]
     where = spans.astype(jnp.int32).transpose(0, 2, 1)  # [B, 2, M]
+    products = M * D * (5 if parts else 12) + (E * D * passes(x.dtype, held["readout"]) if E else 0)
     tile = min(tile, -(-T // 16) * 16)
 
     def kernel(start_ref, keep_ref, x_ref, how_ref, where_ref, held, *out_refs):
@@ -55,7 +56,7 @@ def steer_project(x, bank, a, b, spans, start, keep_norm, directions, *, tile, i
             out_specs=[tiles(D)] + [tiles(E)] * bool(E),
         ),
         compiler_params=params(2),
-        cost_estimate=estimate(B * T * (E + 2 * M) * D, operands, outs),
+        cost_estimate=estimate(B * T * products, operands, outs),
         interpret=interpret,
         name="steer_project",
     )(start.astype(jnp.int32), keep_norm.astype(jnp.int32), *operands)

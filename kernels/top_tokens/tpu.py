@@ -4,7 +4,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
-from jaxemo.kernels.project.tpu import estimate, out_type, params, readout, resident, score
+from jaxemo.kernels.project.tpu import estimate, out_type, params, passes, readout, resident, score
 from jaxemo.kernels.project_pool.tpu import selected
 
 
@@ -44,7 +44,7 @@ def top_tokens(x, directions, spans, centre, offset, scale, *, cosine, k, tile, 
             scratch_shapes=[pltpu.VMEM((tile, E), jnp.float32)],
         ),
         compiler_params=params(2),
-        cost_estimate=estimate(B * T * E * D, (x, arrays, spans), outs),
+        cost_estimate=estimate(B * T * E * D * passes(x.dtype, arrays), (x, arrays, spans), outs),
         interpret=interpret,
         name="top_tokens",
     )(spans.astype(jnp.int32), x, arrays)

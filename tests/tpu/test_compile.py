@@ -92,6 +92,30 @@ def test_steered_and_read_forward_compiles_and_fits(chip, name):
     report(f"{name} forward", jax.jit(run).lower(*arguments).compile(), limit)
 
 
+@pytest.mark.parametrize("name", ["SMOLLM2", "LLAMA_8B"])
+def test_reading_adds_no_more_than_its_arithmetic(name):
+    """171 scores after every layer: two products with bfloat16 numbers for each weight of the (float32) directions, beside
+    one for each weight of the layer."""
+    sharding = SingleDeviceSharding(topologies.get_topology_desc("v6e:2x2", "tpu").devices[0])
+    config = globals()[name]
+    weights, batch, _, bank = inputs(config)
+
+    def flops(probes):
+        def run(weights, ids, probes):
+            x, _, captured = model.forward(config, weights, ids, probes=probes)
+            return x, captured
+
+        return jax.jit(run).lower(*on(sharding, (weights, batch.ids, probes))).compile().cost_analysis()["flops"]
+
+    reading = capture.resolve(config, Capture(scores={"resid_post": "all"}, directions=bank), batch)
+    more = flops(reading) / flops(None) - 1
+    of_layer = sum(leaf.size for leaf in jax.tree.leaves(weights["layers"])) / config.n_layers
+    print(
+        f"\n{name}: reading adds {more:.2%} to the FLOPs; {2 * E * config.d_model / of_layer:.2%} of the layers' products"
+    )
+    assert 0.5 * E * config.d_model / of_layer < more < 2.05 * E * config.d_model / of_layer
+
+
 def test_decode_loop_compiles_and_updates_its_cache_in_place(chip):
     sharding, limit = chip
     config = SMOLLM2
