@@ -322,15 +322,15 @@ def test_vectors_of_another_model_are_refused_although_they_fit(lm, tmp_path, mo
         yield lambda: model.forward("one two", sum([vectors.ablate(name), vectors.steer(name, 0.1)]))
         yield lambda: model.generate("one two", [vectors.dampen(name, 0.5)], max_new_tokens=1)
 
+    for use in uses(lm, made):
+        use()
     for vectors in (EmotionVectors.load(path), made.select(["low"]), made.random(1)):
-        for use in uses(lm, vectors):
-            use()
         for use in uses(other, vectors):
             with pytest.raises(ValueError, match=r"another model, 3 layers.*vocabulary 300; this one is 3 layers.*263"):
                 use()
     taken_over = EmotionVectors.from_directions({"low": made.directions[:, 1]}, made.residual_norm)
-    for use in uses(other, taken_over):
-        use()
+    other.forward("one two", taken_over.steer("low", 0.1))
+    assert other.read("one two", taken_over, layer=1).pooled.shape == (1, 1)
     theirs = dataclasses.replace(made, provenance={"made_for": other.config.outline})
     with pytest.raises(ValueError, match="two models do not add"):
         made.steer("low", 0.1) + theirs.steer("low", 0.1)
