@@ -16,6 +16,7 @@ import jax.numpy as jnp
 log = logging.getLogger("jaxemo.kernels")
 TUNED = pathlib.Path(__file__).with_name("tuned.json")
 FEW = 16  # tokens: a kernel that works row by row wastes its time on rows shorter than this
+ROWS = 4096  # a kernel that works row by row keeps every row's spans at hand
 GAIN = 1.1  # a kernel that was not timed must be this many times faster than the reference by the roofline
 UNKNOWN = "TPU v5p"  # what a program that is compiled with no device at hand is planned for
 
@@ -55,6 +56,12 @@ GPUS = {"NVIDIA H100": Device(3.35e12, 989e12, 227 << 10), "NVIDIA H200": Device
 def here() -> str:
     """The platform of this process's devices: "cpu", "tpu" or "cuda"."""
     return {"gpu": "cuda"}.get(jax.default_backend(), jax.default_backend())
+
+
+def spread() -> bool:
+    """Whether arrays may lie on several of this process's devices: there are several, and this is not inside `shard_map`."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return jax.device_count() > 1 and not (mesh.axis_names and set(mesh.manual_axes) == set(mesh.axis_names))
 
 
 def device_kind(platform: str) -> str:
@@ -153,11 +160,12 @@ def choose(work: Work, platform: str, kind: str, impl: str = "auto") -> Choice:
         return Choice(False, 0, str(error))
     if impl == "kernel":
         return Choice(True, tile, "asked for")
-    if timed:
-        return Choice(timed["speedup"] > 1, timed["tile"], f"measured on {kind}: {timed['speedup']:.2f}x the reference")
-    assert figures is not None
     if work.op != "project" and work.T < FEW:
         return Choice(False, 0, f"rows of {work.T} tokens are too short for the kernel")
+    if timed:
+        tile = min(tile, timed["tile"])  # of the shape that was timed, which may be the smaller
+        return Choice(timed["speedup"] > 1, tile, f"measured on {kind}: {timed['speedup']:.2f}x the reference")
+    assert figures is not None
     gain = seconds(work, figures, False) / seconds(work, figures, True)
     return Choice(gain >= GAIN, tile, f"{gain:.2f}x the reference by the roofline of {kind}")
 
@@ -166,6 +174,16 @@ def tiles(work: Work, platform: str, figures: Device | None) -> int:
     """Tokens a program takes at a time: the largest power of two whose operands fit. Raises NotImplementedError for none."""
     if work.x not in ("float32", "bfloat16"):
         raise NotImplementedError(f"activations are {work.x}, not float32 or bfloat16")
+    if not (
+        work.rows
+        and work.T
+        and work.D
+        and work.E + (work.op == "steer_project")
+        and (work.M or work.op != "steer_project")
+    ):
+        raise NotImplementedError("there is nothing to multiply")
+    if work.rows > ROWS and work.op != "project":
+        raise NotImplementedError(f"what is to be known of {work.rows} rows does not fit a chip's scalar memory")
     if platform == "cuda":
         try:
             from jaxemo.kernels import hopper  # here: it imports this module

@@ -39,6 +39,8 @@ def _dispatch(work: choice.Work, impl: str, interpret: Any, reference: Callable,
         except NotImplementedError as error:
             unable = error
             continue
+        if platform == choice.here() and impl == "auto" and choice.spread():
+            chosen = choice.Choice(False, 0, "a kernel runs on several devices only inside shard_map")
         if platform == choice.here():
             choice.log.info("%s: %s, %s", work, "kernel" if chosen.kernel else "reference", chosen.why)
         if chosen.kernel:
@@ -66,9 +68,9 @@ def _kernel(op: str, platform: str, *arrays, tile: int, interpret, **options):
     module = import_module(f"jaxemo.kernels.{op}.{'gpu' if platform == 'cuda' else 'tpu'}")
     run = functools.partial(getattr(module, op), tile=tile, interpret=interpret, **options)
     out = jax.custom_batching.sequential_vmap(run)(*arrays)  # under vmap, one call after another
-    varying = jax.typeof(arrays[0]).manual_axis_type.varying  # inside shard_map; a GPU kernel's output does not say so
+    varying = frozenset().union(*(jax.typeof(leaf).manual_axis_type.varying for leaf in jax.tree.leaves(arrays)))
 
-    def vary(y):
+    def vary(y):  # inside shard_map: a GPU kernel's output does not say itself what it varies over
         return lax.pcast(y, tuple(varying - jax.typeof(y).manual_axis_type.varying), to="varying")
 
     return jax.tree.map(vary, out) if varying else out
@@ -93,6 +95,8 @@ def _check(op: str, x, directions, centre, offset, scale) -> None:
     if directions.ndim != 2 or x.ndim < 1 or x.shape[-1] != directions.shape[-1]:
         raise ValueError(f"{op} needs x [..., D] and directions [E, D], got {x.shape} and {directions.shape}")
     E, D = directions.shape
+    if not E:
+        raise ValueError(f"{op} needs at least one direction")
     for name, array, shape in (("centre", centre, (D,)), ("offset", offset, (E,)), ("scale", scale, (E,))):
         if array is not None and array.shape != shape:
             raise ValueError(f"{op} needs {name} {list(shape)}, got {list(array.shape)}")

@@ -303,6 +303,44 @@ def test_what_is_not_steered_keeps_every_bit(impl, dtype):
     assert np.allclose(length, before, rtol=4 * float(jnp.finfo(dtype).eps))
 
 
+def test_rows_of_several_tiles_agree_with_the_reference():
+    """Tiles of 16 tokens in rows of 45, every op: what is selected, steered, counted and kept lies in the tile it should."""
+    x, d, extra = operands(2, 45, 5, 64, DTYPES[0])
+    spans = np.array([[[2, 5], [30, 45]], [[20, 21], [0, 0]]], np.int32)
+    bank, a, b, *_ = interventions(2, 4, 64, 5)
+    a, b = a + 1, b + np.float32(0.5)
+    where = np.array([[[0, 60], [20, 40], [3, 4], [33, 50]], [[17, 18], [5, 30], [0, 0], [40, 41]]], np.int32)
+
+    def every(impl):
+        return (
+            kernels.project(x, d, extra["centre"], extra["offset"], extra["scale"], cosine=True, **impl),
+            [kernels.project_pool(x, d, spans, how=how, **impl) for how in kernels.ops.HOW],
+            kernels.top_tokens(x, d, spans, k=40, **impl),
+            kernels.steer_project(x, bank, a, b, where, np.array([0, 4], np.int32), np.array([True, False]), d, **impl),
+        )
+
+    jax.clear_caches()  # of programs with other tiles
+    with mock.patch.object(choice, "tiles", lambda *_: 16):
+        got = every(BOTH[1])
+    jax.clear_caches()
+    for mine, theirs in zip(jax.tree.leaves(got), jax.tree.leaves(every(BOTH[0])), strict=True):
+        assert np.allclose(mine, theirs, atol=1e-4)
+
+
+def test_a_row_that_is_steered_to_nothing_and_a_single_direction(close):
+    d = np.asarray(unit(np.random.default_rng(0), 1, 64), np.float32)
+    x = jnp.asarray(3 * d[None])  # [1, 1, D], along the direction that is ablated
+    where, one = np.array([[[0, 9]]], np.int32), np.ones((1, 1), np.float32)
+    for impl in BOTH:
+        y, _ = kernels.steer_project(x, d, 0 * one, one, where, np.zeros(1, np.int32), np.ones(1, bool), **impl)
+        assert np.isfinite(y).all()
+        for dtypes in DTYPES:
+            x1, d1, _ = operands(1, 20, 1, 64, dtypes)
+            want, terms = project64(x1, d1, cosine=True)
+            got = kernels.project(x1, d1, cosine=True, **impl)
+            assert (np.abs(f64(got) - want) <= bound_of(terms, 64, dtypes, impl)).all()
+
+
 # ---- transformations -------------------------------------------------------------------------------------------------
 
 
@@ -451,6 +489,11 @@ def test_the_choice_is_what_was_measured_else_the_roofline(tmp_path):
         assert not slow.kernel and "measured on TPU v5e: 0.90x" in slow.why
         assert choice.choose(HOME._replace(cosine=True, D=8192), "tpu", kind).kernel, "far from what was measured"
         assert choice.choose(HOME._replace(cosine=True), "tpu", "TPU v6e").kernel, "another device"
+        assert "measured" not in choice.choose(HOME._replace(cosine=True, x="float32"), "tpu", kind).why, "another type"
+        path.write_text(json.dumps({kind: [entry | {"speedup": 1.5}]}))
+        choice.tuned.cache_clear(), choice.choose.cache_clear()
+        fast = choice.choose(HOME._replace(cosine=True), "tpu", kind)
+        assert fast.kernel and fast.tile == 64
     choice.tuned.cache_clear(), choice.choose.cache_clear()
 
 
@@ -464,11 +507,41 @@ def test_what_a_kernel_cannot_take_falls_back_and_only_that():
     assert not choice.choose(HOME._replace(cosine=True), "cuda", "NVIDIA H100 80GB HBM3").kernel, "not timed there"
     short = HOME._replace(op="steer_project", T=1, rows=64, M=4)
     assert "too short" in choice.choose(short, "tpu", "TPU v5e").why
+    assert "too short" in choice.choose(short._replace(op="project_pool", M=0), "tpu", "TPU v5e").why
+    assert "nothing to multiply" in choice.choose(short._replace(M=0, T=64), "tpu", "TPU v5e").why
+    many = HOME._replace(op="project_pool", rows=9999, T=64, cosine=True)
+    assert "9999 rows" in choice.choose(many, "tpu", "TPU v5e").why
+    assert choice.tiles(HOME._replace(op="top_tokens", E=1024), "tpu", choice.device("TPU v5e")) == 128
     x, d, _ = operands(1, 4, 2, 64, DTYPES[0])
     with mock.patch.object(choice, "tiles", side_effect=KeyError("a mistake")), pytest.raises(KeyError):
         choice.choose.cache_clear()
         kernels.project(x[:, :3], d)
     choice.choose.cache_clear()
+
+
+def test_several_devices_are_left_to_xla_but_inside_shard_map():
+    """XLA cannot partition a kernel, so a program over a mesh would not compile."""
+    x, d, _ = operands(1, 4096, 171, 576, DTYPES[1])
+
+    def lowered():
+        jax.clear_caches()
+        run = jax.jit(lambda x, d: kernels.project(x, d, cosine=True))
+        return run.trace(x, d).lower(lowering_platforms=("tpu",)).as_text()
+
+    assert "tpu_custom_call" in lowered()
+    with (
+        mock.patch.object(choice, "here", lambda: "tpu"),
+        mock.patch.object(choice, "device_kind", lambda platform: "TPU v5e"),
+        mock.patch.object(jax, "device_count", lambda: 4),
+    ):
+        assert "tpu_custom_call" not in lowered()
+        mesh = jax.make_mesh((1,), ("rows",), axis_types=(jax.sharding.AxisType.Auto,))
+        with jax.set_mesh(mesh):
+            assert choice.spread()
+        inside = []
+        jax.eval_shape(jax.shard_map(lambda x: (inside.append(choice.spread()), x)[1], mesh=mesh, in_specs=jax.P(), out_specs=jax.P()), x)  # fmt: skip
+        assert inside == [False]
+    jax.clear_caches()
 
 
 def test_the_choice_is_logged_once_where_it_is_made(caplog):

@@ -18,6 +18,9 @@ from jaxemo.kernels.split import round_inside, split
 
 def product(x: list[jax.Array], y: list[jax.Array], contract: tuple[int, int]) -> jax.Array:
     """The float32 product of two matrices given in parts, over the axes `contract`, without products of low parts."""
+    if y[0].shape[0] == 1:  # one row, which Mosaic does not multiply matrices of bfloat16 with
+        a, b = (functools.reduce(jnp.add, [part.astype(jnp.float32) for part in reversed(parts)]) for parts in (x, y))
+        return jnp.sum(a * b, axis=1, keepdims=True) if contract == (1, 1) else a * b
     precision = lax.Precision.HIGHEST if x[0].dtype == jnp.float32 else lax.Precision.DEFAULT
     terms = [
         lax.dot_general(u, v, (((contract[0],), (contract[1],)), ((), ())), precision, jnp.float32)
@@ -81,9 +84,11 @@ def estimate(products: int, operands, outputs) -> pl.CostEstimate:
     return pl.CostEstimate(flops=2 * products, bytes_accessed=moved, transcendentals=0)
 
 
-def out_type(shape, dtype, like) -> jax.ShapeDtypeStruct:
-    """The type of an output, which varies over the mesh axes that `like` varies over (inside `shard_map`)."""
-    return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=jax.typeof(like).manual_axis_type)
+def out_type(shape, dtype, x, *operands) -> jax.ShapeDtypeStruct:
+    """The type of an output, which varies over the mesh axes that any operand varies over (inside `shard_map`)."""
+    kind = jax.typeof(x).manual_axis_type
+    varying = kind.varying.union(*(jax.typeof(leaf).manual_axis_type.varying for leaf in jax.tree.leaves(operands)))
+    return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=kind.update(varying=varying))
 
 
 def project(x, directions, centre, offset, scale, *, cosine, tile, interpret):
@@ -95,7 +100,7 @@ def project(x, directions, centre, offset, scale, *, cosine, tile, interpret):
         out_ref[...] = score(x_ref[...], arrays, cosine)
 
     tile = min(tile, -(-N // 16) * 16)
-    out = out_type((N, E), jnp.float32, x)
+    out = out_type((N, E), jnp.float32, x, arrays)
     return pl.pallas_call(
         kernel,
         out,

@@ -8,21 +8,25 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxemo.kernels.project.tpu import estimate, out_type, params, passes, readout, resident, score
 
 
-def selected(spans_ref, row, start, count: int) -> jax.Array:
-    """Which of the positions from `start` on lie in the row's spans, `[count, 1]`; `spans_ref [B, P, 2]` is in SMEM."""
+def selected(spans_ref, P: int, row, start, count: int, T: int) -> jax.Array:
+    """Which of the positions from `start` on lie in the row's `P` spans, `[count, 1]`, and in the row's `T` tokens.
+
+    `spans_ref` is in SMEM, where only a flat array fills its place: `[B · P · 2]`.
+    """
     at = start + lax.broadcasted_iota(jnp.int32, (count, 1), 0)
     here = jnp.zeros((count, 1), jnp.bool)
-    for p in range(spans_ref.shape[1]):
-        here |= (spans_ref[row, p, 0] <= at) & (at < spans_ref[row, p, 1])
-    return here
+    for p in range(P):
+        first = 2 * (row * P + p)
+        here |= (spans_ref[first] <= at) & (at < spans_ref[first + 1])
+    return here & (at < T)
 
 
 def project_pool(x, directions, spans, centre, offset, scale, *, cosine, how, tile, interpret):
     B, T, D = x.shape
-    E = directions.shape[0]
+    E, P = directions.shape[0], spans.shape[1]
     arrays = readout(x.dtype, directions, centre, offset, scale)
     tile = min(tile, -(-T // 16) * 16)
-    start = {"max": -jnp.inf}.get(how, 0.0)
+    start = -jnp.inf if how == "max" else 0.0
 
     def kernel(spans_ref, x_ref, arrays, out_ref, count_ref):
         row, i = pl.program_id(0), pl.program_id(1)
@@ -32,7 +36,7 @@ def project_pool(x, directions, spans, centre, offset, scale, *, cosine, how, ti
             out_ref[...] = jnp.full_like(out_ref, start)
             count_ref[0] = 0
 
-        here = selected(spans_ref, row, i * tile, tile) & (i * tile + lax.broadcasted_iota(jnp.int32, (tile, 1), 0) < T)
+        here = selected(spans_ref, P, row, i * tile, tile, T)
         count = jnp.sum(here.astype(jnp.int32))
 
         @pl.when(count > 0)
@@ -55,7 +59,7 @@ def project_pool(x, directions, spans, centre, offset, scale, *, cosine, how, ti
             def _():
                 out_ref[...] = out_ref[...] / jnp.maximum(count_ref[0], 1).astype(jnp.float32)
 
-    out = out_type((B, 1, E), jnp.float32, x)
+    out = out_type((B, 1, E), jnp.float32, x, arrays, spans)
     return pl.pallas_call(
         kernel,
         out,
@@ -70,4 +74,4 @@ def project_pool(x, directions, spans, centre, offset, scale, *, cosine, how, ti
         cost_estimate=estimate(B * T * E * D * passes(x.dtype, arrays), (x, arrays, spans), out),
         interpret=interpret,
         name="project_pool",
-    )(spans.astype(jnp.int32), x, arrays)[:, 0]
+    )(spans.astype(jnp.int32).reshape(-1), x, arrays)[:, 0]

@@ -37,7 +37,7 @@ def steer_project(x, bank, a, b, spans, start, keep_norm, directions, *, tile, i
     M, E = up(max(bank.shape[0], 1), K), 0 if directions is None else directions.shape[0]
     C = columns(E, 64, 128) if E else 0
     count = 0 if directions is None else 1 + (directions.dtype == jnp.float32)
-    banks = [pad(part, 0, M) for part in split(bank, 2)]
+    banks = [pad(part, 0, M) for part in split(bank.astype(jnp.float32), 2)]
     readout = [pad(part.T, 1, up(E, C)) for part in split(directions, count)] if E else []
     how = pad(jnp.stack([a, b], axis=1).astype(jnp.float32), 2, M)
     where = pad(spans.astype(jnp.int32).transpose(0, 2, 1), 2, M)

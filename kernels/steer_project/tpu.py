@@ -45,7 +45,7 @@ def steer_project(x, bank, a, b, spans, start, keep_norm, directions, *, tile, i
 
     row = pl.BlockSpec((None, 2, M), lambda b, i, *_: (b, 0, 0))
     operands = (x, how, where, held)
-    outs = [out_type(x.shape, x.dtype, x)] + [out_type((B, T, E), jnp.float32, x)] * bool(E)
+    outs = [out_type(x.shape, x.dtype, *operands)] + [out_type((B, T, E), jnp.float32, *operands)] * bool(E)
     out = pl.pallas_call(
         kernel,
         outs,

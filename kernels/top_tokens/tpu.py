@@ -10,7 +10,7 @@ from jaxemo.kernels.project_pool.tpu import selected
 
 def top_tokens(x, directions, spans, centre, offset, scale, *, cosine, k, tile, interpret):
     B, T, D = x.shape
-    E = directions.shape[0]
+    E, P = directions.shape[0], spans.shape[1]
     arrays = readout(x.dtype, directions, centre, offset, scale)
     tile = min(tile, -(-T // 16) * 16)
     kept = min(k, tile)
@@ -19,7 +19,7 @@ def top_tokens(x, directions, spans, centre, offset, scale, *, cosine, k, tile, 
     def kernel(spans_ref, x_ref, arrays, best_ref, place_ref, left_ref):
         row, i = pl.program_id(0), pl.program_id(1)
         at = lax.broadcasted_iota(jnp.int32, (tile, 1), 0)
-        here = selected(spans_ref, row, i * tile, tile) & (i * tile + at < T)
+        here = selected(spans_ref, P, row, i * tile, tile, T)
         left_ref[...] = jnp.where(here, score(jnp.where(here, x_ref[...], 0), arrays, cosine), -jnp.inf)
 
         @pl.loop(0, kept)
@@ -31,7 +31,7 @@ def top_tokens(x, directions, spans, centre, offset, scale, *, cosine, k, tile, 
             place_ref[pl.ds(j, 1)] = row * T + i * tile + where
             left_ref[...] = jnp.where(at == where, -jnp.inf, s)
 
-    outs = [out_type((B, blocks, kept, E), dtype, x) for dtype in (jnp.float32, jnp.int32)]
+    outs = [out_type((B, blocks, kept, E), dtype, x, arrays, spans) for dtype in (jnp.float32, jnp.int32)]
     out = pl.BlockSpec((None, None, kept, E), lambda b, i, _: (b, i, 0, 0))
     best, place = pl.pallas_call(
         kernel,
@@ -47,7 +47,7 @@ def top_tokens(x, directions, spans, centre, offset, scale, *, cosine, k, tile, 
         cost_estimate=estimate(B * T * E * D * passes(x.dtype, arrays), (x, arrays, spans), outs),
         interpret=interpret,
         name="top_tokens",
-    )(spans.astype(jnp.int32), x, arrays)
+    )(spans.astype(jnp.int32).reshape(-1), x, arrays)
     best, place = best.reshape(-1, E).T, place.reshape(-1, E).T
     if best.shape[1] < k:
         best = jnp.pad(best, ((0, 0), (0, k - best.shape[1])), constant_values=-jnp.inf)

@@ -14,6 +14,7 @@ from jax.experimental import topologies
 from jax.experimental.layout import Format, Layout
 from jax.sharding import AxisType, Mesh, NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
+from jaxemo.kernels import choice
 
 from jaxemo import kernels
 
@@ -95,6 +96,17 @@ def test_float32_activations_and_every_pooling_compile(topology):
         compiled(topology, run, *arrays(576, 171, [((B, 500, "D"), f32), *shapes]))
 
 
+def test_single_directions_and_many_rows_compile():
+    for run, *shapes in OPS.values():
+        compiled("v5e:2x2", run, *arrays(576, 1, [((B, T, "D"), bf16), *shapes]))
+    bank = ((1, "D"), f32), ((B, 1), f32), ((B, 1), f32), ((B, 1, 2), i32), ((B,), i32), ((B,), jnp.bool)
+    compiled("v5e:2x2", OPS["steer"][0], *arrays(576, 171, [((B, T, "D"), bf16), *bank, (("E", "D"), bf16)]))
+    for op in ("pool", "top"):
+        run, directions, _ = OPS[op]
+        shapes = ((choice.ROWS, 64, "D"), bf16), directions, ((choice.ROWS, 4, 2), i32)
+        compiled("v5e:2x2", run, *arrays(576, 171, shapes))
+
+
 @pytest.mark.parametrize("topology", TOPOLOGIES)
 def test_steering_and_pooling_move_no_more_than_they_must(topology):
     B, T, D, E, M = 32, 2048, 2048, 171, 8
@@ -125,6 +137,11 @@ def test_kernels_compile_on_a_mesh_and_in_a_map():
     )
     text = jax.jit(run).lower(*given).compile().as_text()
     assert text.count('custom_call_target="tpu_custom_call"') == 2 and "all-gather" not in text
+    directions = jax.shard_map(functools.partial(kernels.project, impl="kernel"), mesh=mesh, in_specs=(P(), P("rows")),
+                               out_specs=P(None, "rows"))  # fmt: skip
+    whole = jax.ShapeDtypeStruct((256, 576), bf16, sharding=NamedSharding(mesh, P()))
+    split = jax.ShapeDtypeStruct((684, 576), bf16, sharding=NamedSharding(mesh, P("rows")))
+    assert "@tpu_custom_call" in jax.jit(directions).lower(whole, split).as_text()
     mapped = jax.vmap(functools.partial(kernels.project, impl="kernel"), in_axes=(0, None))
     compiled("v5e:2x2", mapped, ((3, 256, 576), bf16), ((171, 576), bf16))
 
