@@ -210,6 +210,8 @@ def main() -> None:
                          ("table", "print the roofline table of docs/kernels.md")):  # fmt: skip
         parser.add_argument(f"--{option}", action="store_true", help=what)
     args = parser.parse_args()
+    if args.quick and args.tune:
+        parser.error("--tune chooses for the whole grid; leave --quick out")
     if args.table:
         print(table())
         return
@@ -222,7 +224,7 @@ def main() -> None:
     versions = {name: importlib.import_module(name).__version__ for name in ("jax", "jaxlib", "numpy")}
     path.write_text(json.dumps({"device": kind, "versions": versions, "rows": rows}, indent=1) + "\n")
     print(f"written to {path}")
-    if args.tune and not args.quick:
+    if args.tune:
         known = dict(choice.tuned()) | {kind: [row["tuned"] for row in rows if "tuned" in row]}
         choice.TUNED.write_text(json.dumps(known, indent=1) + "\n")
         print(f"{len(known[kind])} choices for {kind} written to {choice.TUNED}")

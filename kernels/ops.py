@@ -1,6 +1,6 @@
 """The public ops: arguments checked, the implementation chosen, derivatives taken from the reference.
 
-One program holds every platform's implementation until it is lowered for one, so that `jax.export` serves several.
+One program holds every platform's implementation until it is lowered for one of them.
 """
 
 import functools
@@ -21,9 +21,10 @@ from jaxemo.kernels.top_tokens.reference import top_tokens as top_tokens_referen
 
 PLATFORMS = ("tpu", "cuda")
 CHOSEN = """
-    `impl` is "auto" (see `kernels.choose`), "kernel" or "reference"; `interpret` runs the TPU kernel in Pallas'
-    interpreter. Kernels keep 16 bits of float32 directions beside bfloat16 activations. Raises ValueError where shapes do
-    not fit, and NotImplementedError where a kernel is insisted on that cannot take them.
+    `impl` is "auto" (see `kernels.choose`), "reference", or "kernel": the kernel on every platform that has one for these
+    shapes, the reference on others. `interpret` runs the TPU kernel in Pallas' interpreter. Kernels keep 16 bits of float32
+    directions beside bfloat16 activations. Raises ValueError where shapes do not fit, and NotImplementedError for "kernel"
+    where no platform has one.
     """
 
 
