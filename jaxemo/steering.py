@@ -94,7 +94,7 @@ class Steering:
         return self if isinstance(other, int) and other == 0 else NotImplemented  # where `sum` begins
 
     def __mul__(self, factor: float) -> "Steering":
-        if not isinstance(factor, int | float | np.number):
+        if np.ndim(factor) or not is_numeric(np.asarray(factor)):
             return NotImplemented
         for term in self.terms:
             if term.kind != ADD:
@@ -113,6 +113,11 @@ class Steering:
         return self + -other
 
 
+def is_numeric(array: np.ndarray) -> bool:
+    """Whether it holds numbers, NumPy's own or others, such as bfloat16."""
+    return array.dtype.kind not in "bOSUMm"
+
+
 def steer(
     kind: str,
     directions: np.ndarray,
@@ -124,7 +129,7 @@ def steer(
     """One intervention along `directions [L, D]` (any length; only their direction counts) with `value` per layer."""
     directions, values = np.asarray(directions), np.asarray(value)
     for what, array in (("directions", directions), ("value", values)):
-        if not np.issubdtype(array.dtype, np.number):
+        if not is_numeric(array):
             raise TypeError(f"{kind}: {what} are numbers, not {array.dtype}")
     directions = directions.astype(np.float32)
     if directions.ndim != 2:

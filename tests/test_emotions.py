@@ -9,11 +9,13 @@ import re
 import statistics
 
 import hypothesis
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import strategies as st
 
 import jaxemo
+from jaxemo import steering
 from jaxemo.capture import Capture, ordinary
 from jaxemo.emotions import EmotionVectors, corpus, extraction, geometry, validation
 
@@ -336,6 +338,16 @@ def test_vectors_of_another_model_are_refused_although_they_fit(lm, tmp_path, mo
         made.steer("low", 0.1) + theirs.steer("low", 0.1)
 
 
+def test_numbers_of_any_kind_steer():
+    vectors = some_vectors()
+    want = vectors.steer("low", 0.5).terms[0].value
+    for half in (np.float32(0.5), np.array(0.5), jnp.bfloat16(0.5), jnp.asarray(0.5)):
+        assert np.array_equal(vectors.steer("low", half).terms[0].value, want)
+        assert np.array_equal((vectors.steer("low", 1) * half).terms[0].value, want)
+    narrow = jnp.asarray(vectors.directions[:, 1], jnp.bfloat16)
+    assert np.allclose(steering.add(narrow, 1.0).terms[0].directions, vectors.directions[:, 1], atol=2e-3)
+
+
 def test_mistaken_arguments_are_named(lm):
     vectors = some_vectors(3)
     for call, error, message in (
@@ -427,12 +439,12 @@ def test_word_logprobs_sums_over_a_words_tokens(lm):
     vectors = some_vectors(lm.config.n_layers, lm.config.d_model)
     steerings = [None, vectors.steer("low", 0.5)]
     got = validation.word_logprobs(lm, prefixes, words, steerings, rows=4)
-    for c, steering in enumerate(steerings):
+    for c, given in enumerate(steerings):
         for p, prefix in enumerate(prefixes):
             for w, word in enumerate(words):
                 start = len(lm.tokenizer.encode(prefix))
                 ids = lm.tokenizer.encode(prefix) + lm.tokenizer.encode(" " + word)
-                logp = np.asarray(lm.logprobs(np.array([ids]), steering))[0, start:].sum()
+                logp = np.asarray(lm.logprobs(np.array([ids]), given))[0, start:].sum()
                 assert abs(got[c, p, w] - logp) < 1e-3
 
 
@@ -487,7 +499,7 @@ def test_the_demos_answers_have_a_random_control_of_every_size():
 
     with pytest.raises(InterruptedError):
         demo.answers(Recorder(), vectors)
-    terms = [steering.terms[0] for steering in asked if steering is not None]
+    terms = [one.terms[0] for one in asked if one is not None]
     at = vectors.layer
     emotional = np.array([bool((vectors.directions[at] @ t.directions[at] > 0.999).any()) for t in terms])
     size = np.round([abs(t.value[at]) for t in terms], 5)

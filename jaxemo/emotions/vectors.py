@@ -71,7 +71,7 @@ class EmotionVectors:
         return dataclasses.replace(kind(self.directions[:, self.index(name)], *how), made_for=self.made_for)
 
     def _norms(self, share, what: str) -> np.ndarray:
-        if not isinstance(share, int | float | np.number) or not np.isfinite(share):
+        if np.ndim(share) or not steering.is_numeric(np.asarray(share)) or not np.isfinite(np.float64(share)):
             raise ValueError(f"{what}={share!r}: expected a finite number, the fraction of the mean residual norm")
         return share * self.residual_norm
 
