@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 import jaxemo
 from jaxemo import steering
 from jaxemo.capture import Capture, ordinary
-from jaxemo.emotions import EmotionVectors, corpus, extraction, geometry, validation
+from jaxemo.emotions import EmotionVectors, corpus, extraction, geometry, steering_test
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 
@@ -252,10 +252,10 @@ def test_clamp_has_the_unit_of_strength_and_select_keeps_it():
 def test_the_text_test_reports_the_dose_at_its_layer_without_the_first_token(lm):
     """Rule 4: at every token but the first, an attention sink, the dose is strength x mean norm / the token's norm."""
     vectors, layer = some_vectors(lm.config.n_layers, lm.config.d_model, ("one", "cat", "mat")), 1
-    batch = lm.tokenize(validation.PREFIXES[0])
+    batch = lm.tokenize(steering_test.PREFIXES[0])
     norm = lm.forward(batch, capture=Capture(norm={"resid_post": [layer]})).captured.norm["resid_post"]
     own = np.asarray(norm)[0, 0, 1 : int(batch.lengths[0])]
-    result = validation.text_test(lm, vectors, strengths=(0.1, 0.5), layer=layer, random=2)
+    result = steering_test.text_test(lm, vectors, strengths=(0.1, 0.5), layer=layer, random=2)
     want = np.multiply.outer([0.1, 0.5], np.full(3, vectors.residual_norm[layer] * (1 / own).mean()))
     assert np.allclose(result.dose, want, rtol=1e-3)
     for line, dose in zip(result.summary().splitlines()[1:], want.mean(1), strict=True):
@@ -438,7 +438,7 @@ def test_word_logprobs_sums_over_a_words_tokens(lm):
     words, prefixes = ["one", "cat dog", "mat"], ["a", "the cat"]
     vectors = some_vectors(lm.config.n_layers, lm.config.d_model)
     steerings = [None, vectors.steer("low", 0.5)]
-    got = validation.word_logprobs(lm, prefixes, words, steerings, rows=4)
+    got = steering_test.word_logprobs(lm, prefixes, words, steerings, rows=4)
     for c, given in enumerate(steerings):
         for p, prefix in enumerate(prefixes):
             for w, word in enumerate(words):
@@ -452,11 +452,11 @@ def test_no_steering_result_without_its_random_controls(lm):
     """Rule 6: the controls are part of the result, of the same norm as the vectors, and cannot be left out."""
     vectors = some_vectors(lm.config.n_layers, lm.config.d_model, ("one", "cat", "mat"))
     with pytest.raises(ValueError, match="random=0"):
-        validation.text_test(lm, vectors, random=0)
-    result = validation.text_test(lm, vectors, strengths=(0.1, 0.5), layer=1, random=3)
+        steering_test.text_test(lm, vectors, random=0)
+    result = steering_test.text_test(lm, vectors, strengths=(0.1, 0.5), layer=1, random=3)
     assert result.random.shape == (2, 3, 3) and result.random_facts.shape == (2, 3)
     steerings = [None, *(vectors.random(3).steer(f"random-{i}", 0.5, [1]) for i in range(3))]
-    logps = validation.word_logprobs(lm, validation.PREFIXES, vectors.names, steerings).mean(1)
+    logps = steering_test.word_logprobs(lm, steering_test.PREFIXES, vectors.names, steerings).mean(1)
     assert np.allclose(result.random[1], logps[1:] - logps[0], atol=1e-4)
     for line, random in zip(result.summary().splitlines()[1:], result.random, strict=True):
         assert f"{random.mean():+.2f} ± {random.mean(-1).std():.2f}" in " ".join(line.split()), line
@@ -465,17 +465,17 @@ def test_no_steering_result_without_its_random_controls(lm):
 def test_the_text_test_reports_changes_as_they_are(lm):
     """Rule 6: nothing is centred or divided by the controls; each number is a difference from no steering."""
     vectors = some_vectors(lm.config.n_layers, lm.config.d_model, ("one", "cat", "mat"))
-    result = validation.text_test(lm, vectors, strengths=(0.5,), layer=1, random=2)
+    result = steering_test.text_test(lm, vectors, strengths=(0.5,), layer=1, random=2)
     controls = vectors.random(2)
     own = [vectors.steer(name, 0.5, [1]) for name in vectors.names]
     random = [controls.steer(name, 0.5, [1]) for name in controls.names]
 
     def changes(prefixes, words):
-        logps = validation.word_logprobs(lm, prefixes, words, [None, *own, *random])
+        logps = steering_test.word_logprobs(lm, prefixes, words, [None, *own, *random])
         return logps[1:] - logps[0]  # [direction, prefix, word]
 
-    words = changes(validation.PREFIXES, vectors.names).mean(1)
-    questions, answers = zip(*validation.FACTS, strict=True)
+    words = changes(steering_test.PREFIXES, vectors.names).mean(1)
+    questions, answers = zip(*steering_test.FACTS, strict=True)
     facts = np.diagonal(changes(questions, answers), axis1=1, axis2=2).mean(1)
     for e in range(3):
         assert abs(result.own[0, e] - words[e, e]) < 1e-4

@@ -9,7 +9,7 @@ import pytest
 import scipy.stats
 
 import jaxemo
-from jaxemo.emotions import geometry, validation
+from jaxemo.emotions import geometry, steering_test
 from jaxemo.report import demo, page, plots
 
 VOID = {"meta", "br", "link", "img", "input", "hr"}
@@ -40,7 +40,7 @@ def make(names=NAMES, tokens=TOKENS, seed=0) -> demo.Results:
     valence = rng.uniform(1, 9, len(names))
     valence[-1] = np.nan
     S, E, R = 3, 4, 5
-    test = validation.TextTest(
+    test = steering_test.TextTest(
         tuple(names[:E]), 7, (0.1, 0.25, 0.5),
         own=np.array([[0.1] * E, [0.5, 0.6, 0.7, 0.8], [-1.0] * E]), others=rng.normal(size=(S, E)),
         random=np.add.outer([-0.1, 0.3, 0.65], np.tile([[-0.35], [-0.05], [0.0], [0.05], [0.35]], E)), facts=-np.tile([[0.1], [0.2], [2.0]], E),

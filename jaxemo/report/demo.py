@@ -10,7 +10,7 @@ import numpy as np
 
 import jaxemo
 from jaxemo import files, params
-from jaxemo.emotions import EmotionVectors, corpus, geometry, validation
+from jaxemo.emotions import EmotionVectors, corpus, geometry, steering_test
 from jaxemo.language_model import Generation, LanguageModel
 
 MODEL = "smollm2-135m"
@@ -64,7 +64,7 @@ class Results:
     components: geometry.Components
     valence: np.ndarray  # [E] human ratings, NaN where there are none
     correlations: dict[str, tuple[float, int]]
-    test: validation.TextTest
+    test: steering_test.TextTest
     question: str
     answers: list[Answer]
     seconds: dict[str, float]
@@ -150,7 +150,7 @@ def collect(vectors_path: str | None = None, say=print) -> Results:
     )
     lap("reading")
     say("Steering 'He feels' and 'I feel', with random directions as control ...")
-    test = validation.text_test(lm, vectors.select(corpus.DISPLAY), progress=True)
+    test = steering_test.text_test(lm, vectors.select(corpus.DISPLAY), progress=True)
     lap("text test")
     say("Answering one question at several strengths ...")
     answered = answers(lm, vectors)

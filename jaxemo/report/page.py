@@ -8,7 +8,7 @@ import numpy as np
 from markupsafe import Markup
 
 from jaxemo import files
-from jaxemo.emotions import validation
+from jaxemo.emotions import steering_test
 from jaxemo.report import demo, plots
 
 CLIP, STEP = 4.0, 0.5  # the heat map's range and grain, in standard deviations
@@ -52,7 +52,7 @@ def render(results: demo.Results) -> str:
         unrated=[name for name, value in zip(r.names, r.valence, strict=True) if not np.isfinite(value)],
         correlations=[(what, value, n, interval(value, n)) for what, (value, n) in r.correlations.items()],
         test=r.test,
-        usable=validation.USABLE,
+        usable=steering_test.USABLE,
         table=test_table(r.test),
         above=above_random(r.test),
         answers=answers,
@@ -137,7 +137,7 @@ def test_plots(test) -> dict[str, str]:
                              test.random.mean(2), test.others, None, "words",
                              "Change in log-probability of emotion words over strength"),
         "facts": plots.doses(test.strengths, test.best, test.facts, "under each emotion's direction, and mean",
-                             test.random_facts, None, -validation.USABLE, "facts",
+                             test.random_facts, None, -steering_test.USABLE, "facts",
                              "Change in log-probability of right answers to questions of fact over strength"),
         "bars": plots.bars(test.names, test.own[test.best], test.random[test.best]),
     }  # fmt: skip
