@@ -1,13 +1,17 @@
-"""How the directions lie to one another, and to what people say of the words (paper, "Geometry")."""
+"""How the directions lie to one another, and to what people say of the words (paper, "Geometry").
+
+Each result stands beside what chance gives: permuted ratings, shuffled families, random directions.
+"""
 
 import dataclasses
+from collections.abc import Sequence
 
 import numpy as np
 import scipy.cluster.hierarchy
 import scipy.spatial.distance
 import scipy.stats
 
-from jaxemo.emotions import corpus
+from jaxemo.emotions import corpus, statistics
 from jaxemo.emotions.vectors import EmotionVectors
 
 
@@ -66,3 +70,150 @@ def correlation(names, values, norm: str) -> tuple[float, int]:
     if rated.sum() < 3:
         return 0.0, int(rated.sum())
     return float(scipy.stats.pearsonr(np.asarray(values)[rated], human[rated])[0]), int(rated.sum())
+
+
+@dataclasses.dataclass(frozen=True)
+class Affect:
+    """Do the main components order the words as people do? For each of `norms` (human ratings) over `rated` words.
+
+    `expected` is the component that the paper finds it in, with Pearson's `r`, its 95 % bootstrap `interval` over words
+    and `p` by permutation. `matrix [norms, n]` has r with each of the components, `best` the one of largest |r|, and
+    `best_p` how often the best of n components is as good with permuted ratings. `share [n]` is of the variance, and
+    `random_share [n]` the same of as many random directions.
+    """
+
+    layer: int
+    norms: tuple[str, ...]
+    rated: int
+    expected: tuple[int, ...]
+    r: np.ndarray
+    interval: np.ndarray  # [norms, 2]
+    p: np.ndarray
+    matrix: np.ndarray
+    best: np.ndarray
+    best_p: np.ndarray
+    share: np.ndarray
+    random_share: np.ndarray
+
+    def summary(self) -> str:
+        lines = [
+            f"PCA of the directions at layer {self.layer}; {self.rated} words rated by people",
+            "  variance held by PC1, PC2, ...: " + "  ".join(f"{x:.0%}" for x in self.share)
+            + "   (random directions: " + "  ".join(f"{x:.0%}" for x in self.random_share) + ")",
+        ]  # fmt: skip
+        for i, norm in enumerate(self.norms):
+            low, high = self.interval[i]
+            lines.append(
+                f"  {norm:9s} PC{self.expected[i] + 1} r = {self.r[i]:+.2f} [{low:+.2f}, {high:+.2f}], permutation p = {self.p[i]:.4f};"
+                f"  best of {len(self.share)}: PC{self.best[i] + 1}, |r| = {abs(self.matrix[i, self.best[i]]):.2f}, p = {self.best_p[i]:.4f}"
+            )
+        return "\n".join(lines)
+
+
+def affect(vectors: EmotionVectors, layer: int, n: int = 5, seed: int = 0) -> Affect:
+    """Principal components against human valence and arousal (paper, "Geometry": PC1 r = 0.81, PC2 r = 0.66).
+
+    Raises ValueError where fewer than ten of the words are rated.
+    """
+    norms, expected = ("valence", "arousal"), (0, 1)
+    parts = components(vectors, layer, n)
+    human = np.stack([human_norms(vectors.names, norm) for norm in norms])
+    rated = np.isfinite(human).all(0)
+    if rated.sum() < 10:
+        raise ValueError(
+            f"{rated.sum()} of {len(rated)} words are rated by people (glasgow_norms.csv), at least 10 needed"
+        )
+    x, human = parts.coordinates[rated], human[:, rated]
+    matrix = statistics.correlations(human, x)
+    matches = [statistics.best_match(h, x, seed) for h in human]
+    return Affect(
+        layer=layer,
+        norms=norms,
+        rated=int(rated.sum()),
+        expected=expected,
+        r=matrix[np.arange(len(norms)), expected],
+        interval=np.array([statistics.interval(h, x[:, k], seed) for h, k in zip(human, expected, strict=True)]),
+        p=np.array([statistics.best_match(h, x[:, [k]], seed)[1] for h, k in zip(human, expected, strict=True)]),
+        matrix=matrix,
+        best=np.array([at for at, _ in matches]),
+        best_p=np.array([p for _, p in matches]),
+        share=parts.share,
+        random_share=components(vectors.random(len(vectors.names), seed), layer, n).share,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Clusters:
+    """k-means of the directions against the families of the words: `labels [E]`, and the adjusted Rand index (1 the same
+    partition, 0 as chance). `p` is by permutation of the families, `shuffled` the 95th percentile of those."""
+
+    names: tuple[str, ...]
+    layer: int
+    labels: np.ndarray
+    families: tuple[str, ...]
+    rand: float
+    shuffled: float
+    p: float
+
+    def summary(self) -> str:
+        lines = [f"k-means at layer {self.layer}, k = {self.labels.max() + 1}: adjusted Rand index to the {len(set(self.families))} families "
+                 f"{self.rand:.2f} (95 % of shuffled families below {self.shuffled:.2f}; p = {self.p:.4f})"]  # fmt: skip
+        for k in range(self.labels.max() + 1):
+            lines.append("  " + ", ".join(name for name, of in zip(self.names, self.labels, strict=True) if of == k))
+        return "\n".join(lines)
+
+
+def clusters(
+    vectors: EmotionVectors, layer: int, families: Sequence[str], k: int = 10, seed: int = 0, draws: int = 2000
+) -> Clusters:
+    """k-means (scikit-learn, 20 starts) of the directions after one layer; `families [E]` is what each is compared with.
+
+    The paper's ten families are clusters of this kind.
+    """
+    import sklearn.cluster
+    import sklearn.metrics
+
+    if not 2 <= k <= len(vectors.names) or len(families) != len(vectors.names):
+        raise ValueError(
+            f"k={k} clusters of {len(vectors.names)} directions with {len(families)} families: expected 2 to "
+            f"{len(vectors.names)} clusters and a family for each direction"
+        )
+    found = sklearn.cluster.KMeans(k, n_init=20, random_state=seed).fit_predict(vectors.directions[layer])
+    rng = np.random.default_rng(seed)
+    rand = sklearn.metrics.adjusted_rand_score(families, found)
+    chance = [sklearn.metrics.adjusted_rand_score(rng.permutation(families), found) for _ in range(draws)]
+    return Clusters(vectors.names, layer, found, tuple(families), float(rand), float(np.quantile(chance, 0.95)),
+                    float((1 + np.sum(np.array(chance) >= rand)) / (1 + draws)))  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Similarity:
+    """Do the layers arrange the emotions alike? Spearman's rho `[L, L]` of the cosines of all pairs of directions, and
+    `random [L, L]` of random directions that turn from layer to layer as these do."""
+
+    rho: np.ndarray
+    random: np.ndarray
+
+    def summary(self) -> str:
+        L = len(self.rho)
+        at = sorted({0, L // 4, L // 2, 3 * L // 4, L - 1})
+        lines = ["similarity of layers (RSA, Spearman's rho); in brackets random directions that turn as these do"]
+        lines.append("  layer " + "".join(f"{j:14d}" for j in at))
+        for i in at:
+            lines.append(
+                f"  {i:5d} " + "".join(f"{self.rho[i, j]:+7.2f} ({self.random[i, j]:+.2f})"[-14:].rjust(14) for j in at)
+            )
+        return "\n".join(lines)
+
+
+def similarity(vectors: EmotionVectors, seed: int = 0) -> Similarity:
+    """Layer-by-layer similarity of the cosine matrices. Raises ValueError for fewer than three directions."""
+    if len(vectors.names) < 3:
+        raise ValueError(f"{len(vectors.names)} directions have no pattern of cosines; at least three are needed")
+    return Similarity(_rsa(vectors), _rsa(vectors.random(len(vectors.names), seed)))
+
+
+def _rsa(vectors: EmotionVectors) -> np.ndarray:
+    pairs = np.triu_indices(len(vectors.names), 1)
+    ranks = np.stack([scipy.stats.rankdata(cosines(vectors, at)[pairs]) for at in range(len(vectors.directions))])
+    return np.corrcoef(ranks).reshape(len(ranks), len(ranks))  # Spearman's rho is Pearson's r of ranks
