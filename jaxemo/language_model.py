@@ -24,8 +24,14 @@ from jaxemo.tokens import TokenBatch, Tokenizer
 SteeringArg = Steering | None | Sequence[Steering | None]
 
 
+READ = ("projection", "z", "cosine", "centred")
+
+
 class Directions(Protocol):
-    """Named directions to read: `names [E]`, `directions [L, E, D]`, and the layer to read them at by default."""
+    """Named directions to read: `names [E]`, `directions [L, E, D]`, and the layer to read them at by default.
+
+    Reading them as "z" also needs `neutral_mean` and `neutral_std` `[L, E]`.
+    """
 
     @property
     def names(self) -> tuple[str, ...]: ...
@@ -170,28 +176,35 @@ class LanguageModel:
         layer: int | None = None,
         steering: SteeringArg = None,
         tokens: tokens_lib.Selection = "all",
+        kind: str = "projection",
     ) -> Reading:
-        """Project every token's residual stream, after block `layer` (all layers if None), on `vectors`' directions.
+        """Score every token's residual stream, after block `layer` (all layers if None), on `vectors`' directions.
 
-        `tokens` are those that each row's `pooled` is the mean over: any selection, such as "user" or "before_answer".
-        Attention sinks among them are left out (see `capture.ordinary`), unless there is nothing else.
+        Args:
+          tokens: those that each row's `pooled` is the mean over: any selection, such as "user" or "before_answer".
+            Attention sinks among them are left out (see `capture.ordinary`), unless there is nothing else.
+          kind: "projection" on the directions, in the unit of the residual stream; "z", that in standard deviations from
+            neutral text; "cosine"; or "centred", the cosine after the mean of all the texts' `tokens` is taken away. Which
+            of several emotions a text has most of is told by "z", or by "centred" among texts: a direction's projection
+            and cosine have an offset of their own.
         """
         self._check_directions(vectors)
         batch = self._batch(texts)
         lengths = np.asarray(batch.lengths)
-        position = np.arange(batch.ids.shape[1])
-        pool = np.zeros(batch.ids.shape, bool)
-        for row, turns in enumerate(tokens_lib.turns_of(batch)):
-            for start, stop in tokens_lib.spans(tokens, int(lengths[row]), turns=turns, row=row):
-                pool[row] |= (start <= position) & (position < min(stop, lengths[row]))
         wanted: dict[str, Any] = {"resid_post": "all" if layer is None else [layer]}
-        capture = Capture(scores=wanted, norm=wanted, directions=vectors.directions)
+        adjust = self._adjust(vectors, kind)
+        if kind == "centred":
+            means = Capture(mean=wanted, tokens=tokens, sinks=False)
+            mean = np.asarray(self.forward(batch, steering, means, logits=None).captured.mean["resid_post"]).mean(1)
+            adjust["centre"] = np.zeros((self.config.n_layers, self.config.d_model), np.float32)
+            adjust["centre"][slice(None) if layer is None else layer] = mean if layer is None else mean[0]
+        capture = Capture(
+            scores=wanted, pooled=wanted, directions=vectors.directions, tokens=tokens, sinks=False, **adjust
+        )
         captured = self.forward(batch, steering, capture, logits=None).captured
-        real = position < lengths[:, None]
+        real = np.arange(batch.ids.shape[1]) < lengths[:, None]
         scores = np.where(real[..., None], np.asarray(captured.scores["resid_post"]), 0)  # [n, B, T, E]
-        kept = pool & capture_lib.ordinary(np.asarray(captured.norm["resid_post"]), real)
-        kept = np.where(kept.any(-1, keepdims=True), kept, pool)  # [n, B, T]
-        pooled = scores.mean(2, where=kept[..., None])
+        pooled = np.array(captured.pooled["resid_post"])
         words = [[self._token(i) for i in row[:n]] for row, n in zip(batch.ids, lengths, strict=True)]
         one = layer is not None
         return Reading(tuple(vectors.names), words, lengths, scores[0] if one else scores,
@@ -202,6 +215,14 @@ class LanguageModel:
             raise TypeError(f"{type(vectors).__name__} is no set of directions, as `jaxemo.emotions.extract(lm)` makes one and "
                             "`jaxemo.EmotionVectors.load(path)` reads one")  # fmt: skip
         steering_lib.check_made_for(self.config, getattr(vectors, "made_for", ""))
+
+    def _adjust(self, vectors, kind: str) -> dict[str, Any]:
+        """What makes a projection the `kind` of score asked for, as arguments of a Capture (without a centre)."""
+        if kind not in READ:
+            raise ValueError(f"kind={kind!r}; expected one of {', '.join(READ)}")
+        if kind == "z":
+            return {"offset": vectors.neutral_mean, "scale": 1 / vectors.neutral_std}
+        return {"cosine": kind != "projection"}
 
     def _token(self, index) -> str:
         return str(index) if self._tokenizer is None else self._tokenizer.token(index)

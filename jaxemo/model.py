@@ -281,7 +281,7 @@ def forward(
         after = x + attn_out + mlp_out
         steered, scores = after, None
         if interventions is not None:
-            scored = None if probes is None or "resid_post" not in probe.slots["scores"] else probe.directions
+            scored = None if probes is None else capture.projected(probes, probe)
             steered, scores = steering.apply(interventions, intervention, after, begin, scored)
         if probes is not None:
             sites = {

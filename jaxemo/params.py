@@ -10,6 +10,7 @@ A model's layers come in one of two layouts, and the forward pass follows whiche
 """
 
 import dataclasses
+import hashlib
 import math
 from typing import Any
 
@@ -127,6 +128,19 @@ def unstack(params: Params) -> Params:
     layers = params["layers"]
     count = jax.tree.leaves(layers)[0].shape[0]
     return {**params, "layers": tuple(jax.tree.map(lambda leaf, i=i: leaf[i], layers) for i in range(count))}
+
+
+def fingerprint(params: Params) -> str:
+    """Tells weights from others: a hash of the first row of every weight, as it is held, in either layout."""
+    layers = params["layers"]
+    if is_stacked(params):
+        firsts = jax.tree.map(lambda leaf: np.asarray(leaf[:, :1]), layers)
+        layers = [jax.tree.map(lambda leaf, i=i: leaf[i], firsts) for i in range(len(jax.tree.leaves(firsts)[0]))]
+    digest = hashlib.sha256()
+    for path, leaf in jax.tree_util.tree_leaves_with_path({**params, "layers": list(layers)}):
+        digest.update(f"{jax.tree_util.keystr(path)} {leaf.dtype} {leaf.shape[1:]}".encode())
+        digest.update(np.asarray(leaf[:1]).tobytes())
+    return digest.hexdigest()
 
 
 def count(config: ModelConfig) -> int:

@@ -1,12 +1,15 @@
 """What a forward pass returns besides logits, against the oracle."""
 
+import statistics
 from types import SimpleNamespace
 
+import hypothesis
 import jax
 import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
+from hypothesis import strategies as st
 
 import jaxemo
 from jaxemo import Capture, TokenBatch, capture
@@ -63,6 +66,37 @@ def test_each_kind_at_each_site_agrees_with_the_oracle(either, case, close, k_of
     assert got.dose.any() == (steering is not None)
 
 
+ADJUST = {"centre": RNG.standard_normal((L, D)), "cosine": True, "offset": RNG.standard_normal((L, 4)),
+          "scale": RNG.standard_normal((L, 4))}  # fmt: skip
+
+
+@pytest.mark.parametrize("adjust", [{}, ADJUST], ids=["projections", "centred cosines, standardised"])
+def test_scores_are_reduced_over_the_selected_tokens(either, case, close, k_of, adjust):
+    steering, runs = case
+    layers = {"mlp_out": [0, -1], "resid_post": [1, 0]}
+    wanted = dict.fromkeys(("scores", "mean_norm", "pooled", "top"), layers)
+    got = on_host(either, Capture(**wanted, **adjust, directions=DIRECTIONS, tokens=slice(1, None), k=3), steering)
+    k = k_of(either.config, 12)
+    for site, numbers in layers.items():
+        every, places = np.full((2, 4, 3 * 12), -np.inf), []
+        for row, (run, n) in enumerate(zip(runs, BATCH.lengths, strict=True)):
+            x = run.sites[site][numbers]
+            norm = np.linalg.norm(x, axis=-1)
+            close(got.mean_norm[site][:, row], norm[:, 1:].mean(1), k, f"mean norm {site} of row {row}")
+            if adjust:
+                x = x - ADJUST["centre"][numbers][:, None]
+                x = x / np.linalg.norm(x, axis=-1, keepdims=True)
+            scores = np.einsum("ltd,led->lte", x, DIRECTIONS[numbers].astype(float))
+            if adjust:
+                scores = (scores - ADJUST["offset"][numbers][:, None]) * ADJUST["scale"][numbers][:, None]
+            close(got.scores[site][:, row, :n], scores, k, f"scores {site} of row {row}", scale=np.abs(scores).max())
+            close(got.pooled[site][:, row], scores[:, 1:].mean(1), k, f"pooled {site}", scale=np.abs(scores).max())
+            every[:, :, row * 12 + 1 : row * 12 + n] = scores[:, 1:].transpose(0, 2, 1)
+        best, places = got.top[site]
+        close(best, -np.sort(-every)[..., :3], k, f"best {site}", scale=np.abs(every[np.isfinite(every)]).max())
+        close(best, np.take_along_axis(every, places, axis=-1), k, f"places {site}", scale=np.abs(best).max())
+
+
 @pytest.mark.parametrize("tokens", ["all", "prompt", "last", slice(2, None), slice(-4, -1), [0, 2, 4], -2], ids=str)
 def test_means_run_over_the_selected_tokens(tiny, case, close, k_of, tokens):
     steering, runs = case
@@ -78,9 +112,8 @@ def test_means_run_over_the_selected_tokens(tiny, case, close, k_of, tokens):
 def test_only_what_is_asked_for_is_returned(tiny):
     got = tiny.forward(BATCH, capture=Capture(norm={"mlp_out": 1}), logits=None)
     assert got.logits is None
-    assert {kind: list(getattr(got.captured, kind)) for kind in capture.KINDS} == {
-        "raw": [], "mean": [], "norm": ["mlp_out"], "scores": [],
-    }  # fmt: skip
+    assert [kind for kind in capture.KINDS if getattr(got.captured, kind)] == ["norm"]
+    assert list(got.captured.norm) == ["mlp_out"]
     assert got.captured.norm["mlp_out"].shape == (1, 3, 12) and got.captured.dose is None
     got = tiny.forward(BATCH, capture=Capture(dose=True))
     assert got.captured.dose.shape == (L, 3, 12) and not any(getattr(got.captured, kind) for kind in capture.KINDS)
@@ -100,20 +133,71 @@ def test_raw_keeps_the_models_type(model_of):
     assert got.norm["resid_post"].dtype == got.mean["resid_post"].dtype == jnp.float32
 
 
-def test_nan_in_the_padding_does_not_leak_into_means(tiny):
-    probes = capture.resolve(tiny.config, Capture(mean={"resid_post": [1]}), BATCH)
-    x = np.ones((3, 12, D), np.float32)
-    x[np.arange(12) >= BATCH.lengths[:, None]] = np.nan
+def reduced(config, wanted, x):
+    """What `wanted` makes of residuals `x [B, T, D]` of layer 1."""
+    probes = capture.resolve(config, wanted, BATCH)
 
     @jax.jit
-    def mean(x):
+    def run(x):
         layer = jax.tree.map(lambda leaf: leaf[1], probes.layers)
         sites = dict.fromkeys((*capture.SITES, "unsteered"), x)
-        empty = capture.init(tiny.config, probes, x)
-        return capture.collect(probes, layer, empty, sites, np.tile(np.arange(12), (3, 1))).mean["resid_post"]
+        return capture.collect(probes, layer, capture.init(config, probes, x), sites, np.tile(np.arange(12), (3, 1)))
 
-    # Twelve weights of 1/12 add up to one within twelve roundings.
-    np.testing.assert_allclose(mean(x), np.ones((1, 3, D)), rtol=12 * np.finfo(np.float32).eps)
+    return jax.tree.map(np.asarray, run(x))
+
+
+def test_nan_in_the_padding_does_not_leak_into_means(tiny):
+    x = np.ones((3, 12, D), np.float32)
+    x[np.arange(12) >= BATCH.lengths[:, None]] = np.nan
+    one = {"resid_post": [1]}
+    for sinks in (True, False):
+        wanted = Capture(mean=one, mean_norm=one, pooled=one, top=one, directions=DIRECTIONS, sinks=sinks)
+        got = reduced(tiny.config, wanted, x)
+        # Twelve weights of 1/12 add up to one within twelve roundings.
+        eps = 12 * np.finfo(np.float32).eps
+        np.testing.assert_allclose(got.mean["resid_post"], np.ones((1, 3, D)), rtol=eps)
+        np.testing.assert_allclose(got.mean_norm["resid_post"], np.full((1, 3), np.sqrt(D)), rtol=eps)
+        assert np.isfinite(got.pooled["resid_post"]).all() and np.isfinite(got.top["resid_post"][0]).all()
+
+
+def test_means_leave_attention_sinks_out(tiny):
+    """A first token a thousand times as long as the rest, and one of those in the middle."""
+    x = np.random.default_rng(3).standard_normal((3, 12, D)).astype(np.float32)
+    x[:, 0] *= 1000
+    x[1, 3] *= 100
+    one = {"resid_post": [1]}
+    kept = [[t for t in range(n) if t and (row, t) != (1, 3)] for row, n in enumerate(BATCH.lengths)]
+    ask = Capture(mean=one, mean_norm=one, pooled=one, directions=DIRECTIONS, sinks=False)
+    got = reduced(tiny.config, ask, x)
+    for row, at in enumerate(kept):
+        mean = x[row, at].mean(0)
+        np.testing.assert_allclose(got.mean["resid_post"][0, row], mean, atol=1e-5)
+        np.testing.assert_allclose(
+            got.mean_norm["resid_post"][0, row], np.linalg.norm(x[row, at], axis=-1).mean(), rtol=1e-5
+        )
+        np.testing.assert_allclose(got.pooled["resid_post"][0, row], DIRECTIONS[1] @ mean, atol=1e-4)
+    alone = reduced(tiny.config, Capture(mean=one, tokens=0, sinks=False), x)
+    np.testing.assert_allclose(
+        alone.mean["resid_post"][0], x[:, 0], rtol=1e-5, err_msg="read where nothing else is asked for"
+    )
+
+
+SIZES = st.lists(st.lists(st.floats(0.1, 1e5), min_size=1, max_size=9), min_size=3, max_size=3)
+
+
+@hypothesis.given(norms=SIZES, first=st.integers(0, 4))
+def test_a_sink_is_ten_times_its_rows_median(norms, first):
+    norm = np.full((3, 12), np.nan, np.float32)  # padding holds anything
+    for i, row in enumerate(norms):
+        norm[i, : len(row)] = row
+    spans = np.array([[[first, 9], [10, 12]]] * 3, np.int32)
+    got = np.asarray(jax.jit(capture.ordinary)(spans, norm, np.array([len(row) for row in norms], np.int32)))
+    for i, row in enumerate(norms):
+        row = norm[i, : len(row)].tolist()
+        limit = np.float32(10) * np.float32(statistics.median_low(row))
+        sinks = sorted((t for t in range(len(row)) if row[t] > limit), key=lambda t: (-row[t], t))[:4]
+        want = [t for t in range(first, len(row)) if t not in sinks] or list(range(first, len(row)))
+        assert sorted({t for start, stop in got[i] for t in range(start, stop) if t < len(row)}) == want
 
 
 def test_one_compilation_for_every_choice_of_layers_tokens_and_directions(tiny, compiles):
@@ -152,6 +236,18 @@ def test_one_compilation_for_every_choice_of_layers_tokens_and_directions(tiny, 
         (Capture(scores={"resid_post": [0]}), r"needs directions \[L=3, E, D=32\], got none"),
         (Capture(scores={"resid_post": [0]}, directions=DIRECTIONS[0]), r"got \[4, 32\]"),
         (Capture(scores={"resid_post": [0]}, directions=DIRECTIONS[:2]), r"got \[2, 4, 32\]"),
+        (Capture(pooled={"resid_post": [0]}), r"Capture\(pooled=...\) needs directions"),
+        (Capture(norm={"resid_post": [0]}, cosine=True), "has cosine but asks for no scores"),
+        (Capture(norm={"resid_post": [0]}, directions=DIRECTIONS), "has directions but asks for no scores"),
+        (
+            Capture(scores={"resid_post": [0]}, directions=DIRECTIONS, centre=np.zeros((3, 4))),
+            r"centre \[L=3, D\], got \[3, 4\]",
+        ),
+        (
+            Capture(scores={"resid_post": [0]}, directions=DIRECTIONS, offset=np.zeros(4)),
+            r"offset \[L=3, E\], got \[4\]",
+        ),
+        (Capture(top={"resid_post": [0]}, directions=DIRECTIONS, k=0), r"Capture\(k=0\)"),
     ],
 )
 def test_what_cannot_be_captured_is_refused(tiny, wanted, message):
@@ -164,9 +260,15 @@ def test_what_cannot_be_captured_is_refused(tiny, wanted, message):
 
 def test_read_scores_every_token(tiny, tokenizer, weights, close, k_of):
     lm = jaxemo.LanguageModel(tiny.config, tiny.params, tokenizer)
-    vectors = SimpleNamespace(names=("a", "b", "c", "d"), directions=DIRECTIONS, layer=1)
+    neutral = {"neutral_mean": RNG.standard_normal((L, 4)), "neutral_std": RNG.uniform(0.5, 2, (L, 4))}
+    vectors = SimpleNamespace(names=("a", "b", "c", "d"), directions=DIRECTIONS, layer=1, **neutral)
     texts = ["héllo", "abc"]
     every, one = lm.read(texts, vectors), lm.read(texts, vectors, layer=-2)
+    cosine, standard, centred = (lm.read(texts, vectors, kind=kind) for kind in ("cosine", "z", "centred"))
+    means = [oracle.forward(lm.config, weights, tokenizer.encode(t)).sites["resid_post"].mean(1) for t in texts]
+    mean = np.mean(means, axis=0)  # of the texts, each as much as another
+    with pytest.raises(ValueError, match="kind='zz'; expected one of projection, z, cosine, centred"):
+        lm.read(texts, vectors, kind="zz")
     assert every.names == vectors.names
     assert [len(words) for words in every.tokens] == every.lengths.tolist() == [6, 3]
     assert every.tokens[1] == ["a", "b", "c"]
@@ -178,6 +280,14 @@ def test_read_scores_every_token(tiny, tokenizer, weights, close, k_of):
         close(every.scores[:, row, : len(ids)], scores, k, f"scores of {text}")
         close(every.pooled[:, row], scores.mean(1), k, f"pooled scores of {text}", scale=np.abs(scores).max())
         close(one.scores[row, : len(ids)], scores[1], k, f"scores of {text} at one layer")
+        unit = scores / np.linalg.norm(x, axis=-1, keepdims=True)
+        close(cosine.scores[:, row, : len(ids)], unit, k, f"cosines of {text}", scale=1.0)
+        z = (scores - vectors.neutral_mean[:, None]) / vectors.neutral_std[:, None]
+        close(standard.scores[:, row, : len(ids)], z, k, f"z of {text}", scale=np.abs(z).max())
+        x = x - mean[:, None]
+        unit = np.einsum("ltd,led->lte", x, DIRECTIONS.astype(float)) / np.linalg.norm(x, axis=-1, keepdims=True)
+        close(centred.scores[:, row, : len(ids)], unit, 4 * k, f"centred cosines of {text}", scale=1.0)
+        close(centred.pooled[:, row], unit.mean(1), 4 * k, f"centred cosines of {text}", scale=1.0)
         close(
             one.pooled[row], scores[1].mean(0), k, f"pooled scores of {text} at one layer", scale=np.abs(scores).max()
         )

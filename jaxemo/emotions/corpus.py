@@ -1,7 +1,7 @@
 """The corpus: stories in which a character feels an emotion that is never named, and neutral texts.
 
-The shipped corpus was written for this project (CC0): 24 emotions, two stories on each of the same 12 everyday
-topics so that the topic cancels, and 60 neutral exchanges on those topics. Any corpus in the same form will do.
+The shipped corpus was written for this project (CC0): a story for each of 171 emotions on each of the same 12 everyday
+topics, so that the topic cancels, and neutral exchanges on those topics. Any corpus in the same form will do.
 """
 
 import csv
@@ -51,12 +51,43 @@ def table(name: str) -> list[dict[str, str]]:
     return list(csv.DictReader(data(name).splitlines()))
 
 
+def records(name: str) -> list[dict]:
+    """The records of a JSONL file shipped with this package."""
+    return [json.loads(line) for line in data(name).splitlines()]
+
+
+@functools.cache
+def family(emotion: str) -> str:
+    """Which of the study's ten families one of its 171 emotions belongs to. Raises ValueError for another word."""
+    families = {row["emotion"]: row["family"] for row in table("emotions.csv")}
+    if emotion not in families:
+        raise ValueError(f"{emotion!r} is none of the {len(families)} emotions of the study; see data/emotions.csv")
+    return families[emotion]
+
+
 @functools.cache
 def shipped() -> Corpus:
-    """The corpus that comes with jaxemo."""
-    neutral = [json.loads(line) for line in data("neutral.jsonl").splitlines()]
-    stories = _stories("data/stories.jsonl", data("stories.jsonl"))
-    return Corpus("jaxemo starter corpus", stories, tuple(f"{r['user']}\n\n{r['assistant']}" for r in neutral))
+    """The corpus that comes with jaxemo: 171 emotions, each on the same 12 topics."""
+    return Corpus("jaxemo corpus", _stories("data/stories.jsonl", data("stories.jsonl")), _neutral())
+
+
+@functools.cache
+def starter() -> Corpus:
+    """24 of its emotions with a second story on each topic: quick to extract from, and less noisy."""
+    second = _stories("data/second_stories.jsonl", data("second_stories.jsonl"))
+    names = {story.emotion for story in second}
+    first = tuple(story for story in shipped().stories if story.emotion in names)
+    return Corpus("jaxemo starter corpus", first + second, _neutral())
+
+
+@functools.cache
+def heldout() -> Corpus:
+    """Stories of all 171 emotions on two other topics, to test directions on; no extraction sees them."""
+    return Corpus("jaxemo held-out stories", _stories("data/heldout.jsonl", data("heldout.jsonl")), ())
+
+
+def _neutral() -> tuple[str, ...]:
+    return tuple(f"{record['user']}\n\n{record['assistant']}" for record in records("neutral.jsonl"))
 
 
 def load(path: str | os.PathLike) -> Corpus:

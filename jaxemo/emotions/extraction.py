@@ -2,44 +2,69 @@
 
 The residual stream after each block is averaged over each story's tokens from the 50th on, then over the stories of an
 emotion; the mean over emotions is taken away, the main components of neutral texts are projected out, and what is left
-is scaled to unit length.
+is scaled to unit length. Texts are read in a stream: what is kept of them are float64 sums, whatever their number.
 """
 
 import dataclasses
 import importlib.metadata
+import json
+import os
+import pathlib
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
+import safetensors
+import safetensors.numpy
 from tqdm import tqdm
 
-from jaxemo.capture import Capture, ordinary
+from jaxemo import files, params
+from jaxemo.capture import Capture
 from jaxemo.emotions import corpus as corpus_lib
-from jaxemo.emotions.vectors import EmotionVectors
+from jaxemo.emotions.vectors import EmotionVectors, reading_layer
 from jaxemo.language_model import LanguageModel
+from jaxemo.steering import resolve_layers
 from jaxemo.tokens import length_batches
 
 SKIP = 50  # tokens at the start of a story that are not counted: the emotion is not there yet
 LONGEST = 160  # tokens of a text that are read: few lengths to compile for, and texts weigh alike
+REPLICATES = 50  # of the bootstrap
+CHUNK = 4096  # texts that are tokenised, and sorted by length, at a time
+EVERY = 20.0  # seconds between checkpoints
 
 
 def extract(
     lm: LanguageModel,
     corpus: corpus_lib.Corpus | None = None,
     *,
+    layers="all",
     denoise: float = 0.5,
     skip: int = SKIP,
     longest: int = LONGEST,
     max_tokens: int = 2048,
+    checkpoint: str | os.PathLike | None = None,
     progress: bool = True,
 ) -> EmotionVectors:
     """One direction an emotion and layer, from `corpus` (by default the shipped one).
 
     Args:
+      layers: those to extract at; the vectors know no others.
       denoise: principal components of the neutral texts holding this share of their variance are projected out; 0 for none.
-      skip: tokens at the start of each text that are left out, at least one: the first is an attention sink.
+        The directions before that are kept as `raw`.
+      skip: tokens at the start of each text that are left out, at least one: the first is an attention sink. Other sinks
+        are left out wherever they are (see `capture.ordinary`).
       longest: tokens of each text that are read at most.
       max_tokens: tokens in a batch, padding included; the memory to spend.
+      checkpoint: a file that the sums are kept in while the work goes on. Where it exists, work is taken up from it, and the
+        result is the same to the bit; once done it is removed.
 
-    Raises ValueError for fewer than two emotions, a text of no more than `skip` tokens, or no neutral texts to denoise with.
+    `measured` holds, for the directions before denoising, the `length [L, E]` of each emotion's mean from the mean over emotions
+    and the `spread [L, E]` of its stories (root mean square distance from their mean), and the `self_cosine [E]` at
+    `vectors.layer`: the mean cosine of a direction with itself extracted from a bootstrap sample of the topics.
+
+    Raises ValueError for fewer than two emotions, a text of no more than `skip` tokens, no neutral texts to denoise with, or
+    a checkpoint of another extraction.
     """
     corpus = corpus or corpus_lib.shipped()
     if not isinstance(corpus, corpus_lib.Corpus):
@@ -57,66 +82,193 @@ def extract(
         raise ValueError(f"denoise={denoise!r}: expected a share of the variance, from 0 to less than 1")
     if denoise and len(corpus.neutral) < 2:
         raise ValueError(f"{corpus.name}: no neutral texts to denoise with; add some or use denoise=0")
-    texts = [story.text for story in corpus.stories] + list(corpus.neutral)
-    means, norms = pooled(lm, texts, skip, max_tokens, progress, longest)
-    count = len(corpus.stories)
-    emotion = np.array([names.index(story.emotion) for story in corpus.stories])
-    by_emotion = np.stack([means[:count][emotion == e].mean(0) for e in range(len(names))], axis=1)  # [L, E, D]
-    centred = by_emotion - by_emotion.mean(1, keepdims=True)
-    removed = [0] * lm.config.n_layers
-    if denoise:
-        for layer in range(lm.config.n_layers):
-            basis = main_components(means[count:, layer], denoise)
-            centred[layer] -= centred[layer] @ basis.T @ basis
-            removed[layer] = len(basis)
-    provenance = {
+    at = sorted(resolve_layers(layers, lm.config.n_layers))
+    provenance: dict[str, Any] = {
         "model": lm.source,
         "made_for": lm.config.outline,
         "model_config": repr(lm.config),
+        "model_sha256": params.fingerprint(lm.params),
         "corpus": corpus.name,
         "corpus_sha256": corpus.sha256,
-        "stories": count,
+        "stories": len(corpus.stories),
         "neutral_texts": len(corpus.neutral),
-        "skip": skip,
+        "layers": at,
+        "skip": int(skip),
         "longest": longest,
+        "max_tokens": max_tokens,
         "denoise": denoise,
-        "components_removed": removed,
         "dtype": str(lm.params["embed"].dtype),
         "versions": {name: importlib.metadata.version(name) for name in ("jaxemo", "jax")},
     }
-    directions = {name: centred[:, e] for e, name in enumerate(names)}
-    vectors = EmotionVectors.from_directions(directions, norms[:count].mean(0), provenance)
-    return calibrate(lm, vectors, corpus.neutral, skip, max_tokens, progress, longest) if corpus.neutral else vectors
+    state = _sums(lm, corpus, at, skip, longest, max_tokens, checkpoint, provenance, progress)
+
+    D, count = lm.config.d_model, state["count"]
+    means = np.moveaxis(state["sum"] / count[:, None, None], 0, 1)  # [n, E, D]
+    raw = means - means.mean(1, keepdims=True)
+    square = np.moveaxis(state["square"] / count[:, None], 0, 1)
+    spread = np.sqrt(np.maximum(square - np.sum(means**2, -1), 0))
+    bases = (
+        [main_components(triangle, denoise) for triangle in state["neutral"]]
+        if denoise
+        else [np.zeros((0, D))] * len(at)
+    )
+    clean = np.stack([_without(v, basis) for v, basis in zip(raw, bases, strict=True)])
+    reading = at.index(reading_layer(at, lm.config.n_layers))
+    provenance["components_removed"] = [len(basis) for basis in bases]
+
+    def everywhere(array):  # at all layers of the model, 0 at those not extracted
+        full = np.zeros((lm.config.n_layers, *array.shape[1:]))
+        full[at] = array
+        return full
+
+    def vectors(directions, **also):
+        of = {name: everywhere(directions[:, e]) for e, name in enumerate(names)}
+        made = EmotionVectors.from_directions(of, everywhere(state["norm"] / len(corpus.stories)), provenance)
+        return dataclasses.replace(made, **also)
+
+    measured = {
+        "self_cosine": _self_cosine(state, clean[reading], bases[reading]).astype(np.float32),
+        "length": everywhere(np.linalg.norm(raw, axis=-1)).astype(np.float32),
+        "spread": everywhere(spread).astype(np.float32),
+    }
+    found = vectors(clean, raw=vectors(raw) if denoise else None, measured=measured)
+    if corpus.neutral:
+        found = calibrate(lm, found, corpus.neutral, skip, max_tokens, progress, longest)
+    if checkpoint is not None:
+        pathlib.Path(checkpoint).unlink(missing_ok=True)
+    return found
 
 
-def pooled(
-    lm: LanguageModel, texts, skip: int, max_tokens: int, progress: bool, longest: int = LONGEST
-) -> tuple[np.ndarray, np.ndarray]:
-    """Each text's mean residual stream `[n, L, D]` and mean residual norm `[n, L]`, float64, of tokens `skip` to `longest`."""
-    rows = [lm.tokenizer.encode(text)[:longest] for text in texts]
+def _sums(lm, corpus, at, skip, longest, max_tokens, checkpoint, provenance, progress) -> dict[str, np.ndarray]:
+    """One pass over stories and neutral texts: the sums that everything else follows from.
+
+    `sum [E, n, D]`, `count [E]`, `square [E, n]` of squared lengths, `norm [n]` of stories' mean residual norms; `neutral
+    [n, r, 1 + D]`, whose product with itself is that of the rows (1, mean of a neutral text); `boot [R, E, D]` and
+    `boot_count [R, E]`, sums at the reading layer in which every topic counts as often as a bootstrap replicate drew it.
+    """
+    n, D, E = len(at), lm.config.d_model, len(corpus.emotions)
+    index = {name: e for e, name in enumerate(corpus.emotions)}
+    drawn = _draws(corpus.stories)
+    reading = at.index(reading_layer(at, lm.config.n_layers))
+    state = {
+        "done": np.zeros(2, np.int64),  # texts in whole chunks, and batches after them
+        "sum": np.zeros((E, n, D)),
+        "count": np.zeros(E),
+        "square": np.zeros((E, n)),
+        "norm": np.zeros(n),
+        "neutral": np.zeros((n, 0, 1 + D)),
+        "boot": np.zeros((REPLICATES, E, D)),
+        "boot_count": np.zeros((REPLICATES, E)),
+    }
+    if checkpoint is not None:
+        state = _restored(checkpoint, provenance, state)
+    texts = [story.text for story in corpus.stories] + list(corpus.neutral)
+    saved = time.monotonic()
+    chunk, skipped = int(state["done"][0]), int(state["done"][1])
+    with tqdm(total=len(texts), initial=chunk, unit="text", desc="stories", disable=not progress) as bar:
+        for start in range(chunk, len(texts), CHUNK):
+            part = texts[start : start + CHUNK]
+            for batch, (indices, mean, norm) in enumerate(
+                _means(lm, part, at, skip, longest, max_tokens, skipped), skipped
+            ):
+                neutral = []
+                for j, i in enumerate(start + i for i in indices):
+                    x = mean[:, j].astype(np.float64)
+                    if i >= len(corpus.stories):
+                        neutral.append(np.concatenate([np.ones((n, 1)), x], axis=1))
+                        continue
+                    e = index[corpus.stories[i].emotion]
+                    state["sum"][e] += x
+                    state["count"][e] += 1
+                    state["square"][e] += np.sum(x**2, axis=1)
+                    state["norm"] += norm[:, j]
+                    state["boot"][:, e] += drawn[:, i, None] * x[reading]
+                    state["boot_count"][:, e] += drawn[:, i]
+                if neutral:
+                    state["neutral"] = _compressed(
+                        np.concatenate([state["neutral"], np.stack(neutral, axis=1)], axis=1)
+                    )
+                state["done"] = np.array([start, batch + 1])
+                bar.update(len(indices))
+                if checkpoint is not None and time.monotonic() - saved > EVERY:
+                    _save(checkpoint, provenance, state)
+                    saved = time.monotonic()
+            state["done"], skipped = np.array([start + len(part), 0]), 0
+    if checkpoint is not None:
+        _save(checkpoint, provenance, state)
+    return state
+
+
+def _means(lm, texts, at, skip, longest, max_tokens, skipped=0) -> Iterator[tuple[list[int], np.ndarray, np.ndarray]]:
+    """Batches of texts as (indices, mean residual stream `[n, b, D]`, mean residual norm `[n, b]`), the first `skipped` left out."""
+    rows = [np.array(lm.tokenizer.encode(text)[:longest], np.int32) for text in texts]
     for text, row in zip(texts, rows, strict=True):
         if len(row) <= skip:
             raise ValueError(f"a text has {len(row)} tokens, more than {skip} are needed: {text[:60]!r}")
-    L, D = lm.config.n_layers, lm.config.d_model
-    means, norms = np.zeros((len(rows), L, D)), np.zeros((len(rows), L))
-    wanted = Capture(mean={"resid_post": "all"}, norm={"resid_post": "all"}, tokens=slice(skip, None))
-    with tqdm(total=sum(map(len, rows)), unit="tok", desc="stories", disable=not progress) as bar:
-        for indices, batch in length_batches(rows, max_tokens):
-            captured = lm.forward(batch, capture=wanted, logits=None).captured
-            mean, norm = np.asarray(captured.mean["resid_post"]), np.asarray(captured.norm["resid_post"])
-            for at, i in enumerate(indices):
-                of_tokens = norm[:, at, skip : len(rows[i])].astype(np.float64)
-                means[i] = mean[:, at]
-                norms[i] = of_tokens.mean(
-                    1, where=ordinary(of_tokens[:, None], np.ones_like(of_tokens[:1], bool))[:, 0]
-                )
-            bar.update(sum(len(rows[i]) for i in indices))
+    wanted = {"resid_post": at}
+    capture = Capture(mean=wanted, mean_norm=wanted, tokens=slice(skip, None), sinks=False)
+    for indices, batch in length_batches(rows, max_tokens)[skipped:]:
+        captured = lm.forward(batch, capture=capture, logits=None).captured
+        yield indices, np.asarray(captured.mean["resid_post"]), np.asarray(captured.mean_norm["resid_post"])
+
+
+def pooled(
+    lm: LanguageModel, texts: Sequence[str], skip: int = SKIP, max_tokens: int = 2048, progress: bool = False,
+    longest: int = LONGEST, layers="all",
+) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
+    """Each text's mean residual stream `[n, L, D]` and mean residual norm `[n, L]`, float32, of tokens `skip` to `longest`."""
+    at = list(resolve_layers(layers, lm.config.n_layers))
+    means = np.zeros((len(texts), len(at), lm.config.d_model), np.float32)
+    norms = np.zeros((len(texts), len(at)), np.float32)
+    with tqdm(total=len(texts), unit="text", desc="activations", disable=not progress) as bar:
+        for indices, mean, norm in _means(lm, texts, at, skip, longest, max_tokens):
+            for j, i in enumerate(indices):
+                means[i], norms[i] = mean[:, j], norm[:, j]
+            bar.update(len(indices))
     return means, norms
 
 
-def main_components(x: np.ndarray, share: float) -> np.ndarray:
-    """The fewest principal components `[n, D]` of rows `x` that hold `share` of their variance, orthonormal."""
-    _, size, basis = np.linalg.svd(x - x.mean(0), full_matrices=False)
+def _draws(stories) -> np.ndarray:
+    """How often each replicate of the bootstrap draws each story, `[R, stories]`.
+
+    Drawn are topics (the first stories of an emotion on a topic, the second ones, ...): the same for all emotions, so that a
+    topic cancels in a replicate as it does in the whole.
+    """
+    seen: dict[tuple[str, str], int] = {}
+    drawn: dict[tuple[str, int], int] = {}
+    of = np.empty(len(stories), np.int64)
+    for i, story in enumerate(stories):
+        nth = seen[story.emotion, story.topic] = seen.get((story.emotion, story.topic), -1) + 1
+        of[i] = drawn.setdefault((story.topic, nth), len(drawn))
+    rng = np.random.default_rng(0)
+    return rng.multinomial(len(drawn), np.full(len(drawn), 1 / len(drawn)), REPLICATES)[:, of]
+
+
+def _self_cosine(state, directions: np.ndarray, basis: np.ndarray) -> np.ndarray:
+    """The mean cosine `[E]` of `directions [E, D]` with those of the bootstrap's replicates."""
+    drawn = state["boot_count"][..., None]
+    means = np.divide(state["boot"], drawn, out=np.full(state["boot"].shape, np.nan), where=drawn > 0)
+    again = _without(means - np.nanmean(means, axis=1, keepdims=True), basis)
+    cosine = np.sum(again * directions, -1) / (np.linalg.norm(again, axis=-1) * np.linalg.norm(directions, axis=-1))
+    return np.nanmean(cosine, axis=0)
+
+
+def _compressed(rows: np.ndarray) -> np.ndarray:
+    """`rows [n, r, 1 + D]` as a triangle with the same products, once there are more than twice as many as columns."""
+    return np.linalg.qr(rows, mode="r") if rows.shape[1] > 2 * rows.shape[2] else rows
+
+
+def _without(v: np.ndarray, basis: np.ndarray) -> np.ndarray:
+    return v - v @ basis.T @ basis
+
+
+def main_components(rows: np.ndarray, share: float) -> np.ndarray:
+    """The fewest principal components `[n, D]`, orthonormal, that hold `share` of the variance of x, from `rows` (1, x).
+
+    The triangle of a QR decomposition of (1, x) holds the mean in its first row, and below it a square root of x's scatter
+    about that mean.
+    """
+    _, size, basis = np.linalg.svd(np.linalg.qr(rows, mode="r")[1:, 1:], full_matrices=False)
     held = np.cumsum(size**2) / np.sum(size**2)
     return basis[: int(np.searchsorted(held, share)) + 1]
 
@@ -125,18 +277,55 @@ def calibrate(
     lm: LanguageModel, vectors: EmotionVectors, neutral, skip: int, max_tokens: int, progress: bool, longest: int
 ) -> EmotionVectors:
     """The same vectors with mean and standard deviation of their scores over the tokens of neutral texts."""
+    both = [vectors] if vectors.raw is None else [vectors, vectors.raw]
+    directions = np.concatenate([v.directions for v in both], axis=1)
+    at = list(vectors.layers)
     rows = [lm.tokenizer.encode(text)[:longest] for text in neutral]
-    wanted = Capture(scores={"resid_post": "all"}, directions=vectors.directions)
-    scores = []
-    with tqdm(total=sum(map(len, rows)), unit="tok", desc="neutral scores", disable=not progress) as bar:
+    wanted = Capture(scores={"resid_post": at}, directions=directions)
+    sums, count = np.zeros((2, len(at), directions.shape[1])), 0
+    with tqdm(total=len(rows), unit="text", desc="neutral scores", disable=not progress) as bar:
         for indices, batch in length_batches(rows, max_tokens):
             captured = lm.forward(batch, capture=wanted, logits=None).captured
             found = np.asarray(captured.scores["resid_post"])
-            scores += [found[:, at, skip : len(rows[i])] for at, i in enumerate(indices)]
-            bar.update(sum(len(rows[i]) for i in indices))
-    together = np.concatenate(scores, axis=1).astype(np.float64)  # [L, tokens, E]
-    return dataclasses.replace(
-        vectors,
-        neutral_mean=together.mean(1).astype(np.float32),
-        neutral_std=np.maximum(together.std(1), 1e-12).astype(np.float32),
-    )
+            for j, i in enumerate(indices):
+                scores = found[:, j, skip : len(rows[i])].astype(np.float64)
+                sums += scores.sum(1), np.square(scores).sum(1)
+                count += scores.shape[1]
+            bar.update(len(indices))
+    mean = sums[0] / count
+    std = np.sqrt(np.maximum(sums[1] / count - mean**2, 0))
+
+    def full(array, fill):
+        out = np.full(directions.shape[:2], fill, np.float32)
+        out[at] = array
+        return np.split(out, len(both), axis=1)
+
+    calibrated = [
+        dataclasses.replace(v, neutral_mean=m, neutral_std=s)
+        for v, m, s in zip(both, full(mean, 0), full(np.maximum(std, 1e-12), 1), strict=True)
+    ]
+    return dataclasses.replace(calibrated[0], raw=calibrated[1] if len(both) > 1 else None)
+
+
+def _save(path, provenance, state) -> None:
+    files.write_atomically(path, safetensors.numpy.save(state, {"provenance": json.dumps(provenance)}))
+
+
+def _restored(path, provenance, state) -> dict[str, np.ndarray]:
+    """The state kept in `path`, or the one given where there is none. Raises ValueError where it is of other work."""
+    if not os.path.exists(path):
+        files.check_writable(path)
+        return state
+    try:
+        with safetensors.safe_open(path, "numpy") as file:
+            kept = json.loads((file.metadata() or {})["provenance"])
+            found = {name: file.get_tensor(name) for name in state}
+    except (safetensors.SafetensorError, KeyError, ValueError) as error:
+        raise ValueError(f"{os.fspath(path)!r} is not the checkpoint of an extraction; remove it") from error
+    differ = [name for name in provenance if json.dumps(provenance[name]) != json.dumps(kept.get(name))]
+    if differ:
+        raise ValueError(
+            f"{os.fspath(path)!r} is the checkpoint of another extraction, with a different {', '.join(differ)}; remove it or "
+            "write elsewhere"
+        )
+    return found

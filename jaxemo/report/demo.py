@@ -139,8 +139,8 @@ def collect(vectors_path: str | None = None, say=print) -> Results:
     if vectors_path:
         vectors = EmotionVectors.load(vectors_path)
     else:
-        say(f"Extracting {len(corpus.shipped().emotions)} directions from {len(corpus.shipped().stories)} stories ...")
-        vectors = jaxemo.emotions.extract(lm)
+        say(f"Extracting {len(corpus.starter().emotions)} directions from {len(corpus.starter().stories)} stories ...")
+        vectors = jaxemo.emotions.extract(lm, corpus.starter())
     lap("extraction")
     layer = vectors.layer
     say("Reading a text the directions have not seen ...")
