@@ -1,6 +1,6 @@
 """The public ops: arguments checked, the implementation chosen, derivatives taken from the reference.
 
-One program holds every platform's implementation until it is lowered for one of them.
+One program holds every platform's implementation until it is lowered, for one platform or several.
 """
 
 import functools
@@ -11,7 +11,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
+from jax.extend.core import Primitive, jaxpr_as_fun
+from jax.interpreters import batching, mlir
 from jaxemo.kernels import choice
 from jaxemo.kernels.project.reference import project as project_reference
 from jaxemo.kernels.project_pool.reference import HOW
@@ -28,12 +29,39 @@ CHOSEN = """
     """
 
 
+# An op in a program: the jaxprs of its reference and, for some `platforms`, of kernels. `lax.platform_dependent` would do, but
+# lowers its branches for all platforms of an export at once, and a Pallas kernel can only be lowered for its own.
+op_p = Primitive("jaxemo_op")
+op_p.multiple_results = True
+
+
+def _branch(platform, platforms, branches) -> Callable:
+    return jaxpr_as_fun(branches[1 + platforms.index(platform) if platform in platforms else 0])
+
+
+def _lower(platform, context, *arrays, **branches):
+    return mlir.lower_fun(_branch(platform, **branches))(context, *arrays)
+
+
+def _batch(arrays, axes, *, platforms, branches):
+    mapped = (jax.make_jaxpr(jax.vmap(jaxpr_as_fun(branch), axes))(*arrays) for branch in branches)
+    out = op_p.bind(*arrays, platforms=platforms, branches=tuple(mapped))
+    return out, (0,) * len(out)
+
+
+op_p.def_impl(lambda *arrays, **branches: _branch(choice.here(), **branches)(*arrays))
+op_p.def_abstract_eval(lambda *_, branches, **__: branches[0].out_avals)
+batching.primitive_batchers[op_p] = _batch
+for _platform in (None, *PLATFORMS):
+    mlir.register_lowering(op_p, functools.partial(_lower, _platform), platform=_platform)
+
+
 def _dispatch(work: choice.Work, impl: str, interpret: Any, reference: Callable, kernel: Callable, *arrays):
-    """`reference(*arrays)`, by `kernel(module, *arrays, tile=, interpret=)` on the platforms where that is chosen.
+    """`reference(*arrays)`, by `kernel(platform, *arrays, tile=, interpret=)` on the platforms where that is chosen.
 
     `interpret` runs the TPU kernel with Pallas' interpreter on whatever platform there is.
     """
-    branches, unable = {}, None
+    kernels, unable = {}, None
     for platform in PLATFORMS:
         try:
             chosen = choice.choose(work, platform, choice.device_kind(platform), impl)
@@ -45,11 +73,18 @@ def _dispatch(work: choice.Work, impl: str, interpret: Any, reference: Callable,
         if platform == choice.here():
             choice.log.info("%s: %s, %s", work, "kernel" if chosen.kernel else "reference", chosen.why)
         if chosen.kernel:
-            branches[platform] = functools.partial(kernel, platform, tile=chosen.tile, interpret=False)
+            kernels[platform] = functools.partial(kernel, platform, tile=chosen.tile, interpret=False)
     if interpret is not False:
         run = functools.partial(kernel, "tpu", tile=choice.tiles(work, "tpu", None), interpret=interpret)
-    elif branches:
-        run = functools.partial(lax.platform_dependent, default=reference, **branches)
+    elif kernels:
+
+        def run(*arrays):
+            flat, tree = jax.tree.flatten(arrays)
+            traced = [jax.make_jaxpr(lambda *v, f=f: f(*tree.unflatten(v)), return_shape=True)(*flat)
+                      for f in (reference, *kernels.values())]  # fmt: skip
+            out = op_p.bind(*flat, platforms=tuple(kernels), branches=tuple(branch for branch, _ in traced))
+            return jax.tree.unflatten(jax.tree.structure(traced[0][1]), out)
+
     elif unable:
         raise unable
     else:
@@ -68,13 +103,7 @@ def _kernel(op: str, platform: str, *arrays, tile: int, interpret, **options):
     """The op's kernel for `platform`."""
     module = import_module(f"jaxemo.kernels.{op}.{'gpu' if platform == 'cuda' else 'tpu'}")
     run = functools.partial(getattr(module, op), tile=tile, interpret=interpret, **options)
-    out = jax.custom_batching.sequential_vmap(run)(*arrays)  # under vmap, one call after another
-    varying = frozenset().union(*(jax.typeof(leaf).manual_axis_type.varying for leaf in jax.tree.leaves(arrays)))
-
-    def vary(y):  # inside shard_map: a GPU kernel's output does not say itself what it varies over
-        return lax.pcast(y, tuple(varying - jax.typeof(y).manual_axis_type.varying), to="varying")
-
-    return jax.tree.map(vary, out) if varying else out
+    return jax.custom_batching.sequential_vmap(run)(*arrays)  # under vmap, one call after another
 
 
 def _work(op: str, x, directions, centre=None, cosine=False, bank=None) -> choice.Work:

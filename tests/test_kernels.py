@@ -454,17 +454,38 @@ def test_ops_run_on_a_mesh():
     assert done.stdout.strip() == "sharded 4", done.stderr[-2000:]
 
 
-def test_one_jitted_program_is_exported_for_each_platform():
-    """What is chosen is chosen when it is lowered: the kernel for TPUs, the reference for CPUs, which runs here.
+def test_one_program_is_exported_for_all_platforms_at_once():
+    """What is chosen is lowered for its own platform: the kernels for TPUs and GPUs, the reference for CPUs, which runs here."""
+    x, d, extra = operands(2, 64, 5, 128, DTYPES[2])
+    bank, *given = interventions(2, 4, 128, 0)
+    spans = np.array([[[2, 9]], [[0, 64]]], np.int32)
+    mesh = jax.make_mesh((1,), ("rows",), axis_types=(jax.sharding.AxisType.Auto,))
 
-    JAX cannot put a Pallas kernel into one export for several platforms at once.
-    """
+    def run(impl, x, spans, *given):
+        def one(x):
+            return kernels.project(x, d, extra["centre"], cosine=True, impl=impl)
+
+        return (jax.vmap(one)(x), jax.grad(lambda x: one(x)[..., 0].sum())(x), kernels.project_pool(x, d, spans, impl=impl),
+                kernels.top_tokens(x, d, spans, impl=impl)[0].T, kernels.steer_project(x, bank, *given, d, impl=impl))  # fmt: skip
+
+    def jitted(impl):
+        rows = jax.P("rows")
+        return jax.jit(jax.shard_map(functools.partial(run, impl), mesh=mesh, in_specs=rows, out_specs=rows))
+
+    exported = jax.export.export(jitted("kernel"), platforms=("cpu", "cuda", "tpu"))(x, spans, *given)
+    text = exported.mlir_module()
+    assert [text.count(name) for name in ("custom_call @tpu_custom_call", "custom_call @mosaic_gpu_v2")] == [4, 4]
+    got, want = jax.jit(exported.call)(x, spans, *given), jitted("reference")(x, spans, *given)
+    assert all(map(np.array_equal, jax.tree.leaves(got), jax.tree.leaves(want)))
+
+
+def test_a_program_is_lowered_with_what_was_chosen_for_its_platform():
     x, d, _ = operands(2, 2048, 171, 576, DTYPES[2])
     run = jax.jit(functools.partial(kernels.project, cosine=True))
-    for_tpu, here = (jax.export.export(run, platforms=[platform])(x, d) for platform in ("tpu", "cpu"))
-    assert "tpu_custom_call" in for_tpu.mlir_module() and "tpu_custom_call" not in here.mlir_module()
-    assert np.array_equal(here.call(x, d), kernels.project(x, d, cosine=True, impl="reference"))
-    assert "tpu_custom_call" not in run.lower(x, d).as_text()
+    for_tpu, here = (run.trace(x, d).lower(lowering_platforms=(platform,)).as_text() for platform in ("tpu", "cpu"))
+    assert "tpu_custom_call" in for_tpu and "custom_call" not in here
+    with jax.disable_jit():
+        assert np.allclose(run(x[:, :9], d), run(x, d)[:, :9], atol=1e-5)
 
 
 # ---- choice ----------------------------------------------------------------------------------------------------------

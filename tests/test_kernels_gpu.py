@@ -117,21 +117,6 @@ def test_steering_lowers_for_cuda(D, E, M, dtype):
     assert "mosaic_gpu" in lowered(steer_project, x, bank, *how, directions, tile=tile)
 
 
-@pytest.mark.parametrize("centred", [False, True])
-def test_kernels_lower_under_vmap_and_shard_map(centred):
-    x, directions = normal(0, (4, 64, 128), BF16), units(1, (24, 128), BF16)
-    centre = normal(2, 128) if centred else None
-    run = functools.partial(project, offset=None, scale=None, cosine=True, tile=128, interpret=False)
-    batched = jax.vmap(lambda x: run(x, directions, centre))
-    assert "mosaic_gpu" in jax.jit(batched).trace(x).lower(lowering_platforms=("cuda",)).as_text()
-    spec = jax.sharding.PartitionSpec
-    mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]), ("rows",))
-    split = jax.shard_map(
-        lambda x: run(x, directions, centre), mesh=mesh, in_specs=spec("rows"), out_specs=spec("rows")
-    )
-    assert "mosaic_gpu" in jax.jit(split).trace(x[0]).lower(lowering_platforms=("cuda",)).as_text()
-
-
 @pytest.mark.parametrize(
     ("types", "N", "D", "E", "centred", "cosine", "tile"),
     [

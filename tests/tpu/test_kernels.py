@@ -151,3 +151,10 @@ def test_a_program_for_a_chip_holds_the_kernels_it_should():
     shapes = ((65536, 2048), bf16), ((171, 2048), bf16)
     compiled("v5e:2x2", functools.partial(kernels.project, cosine=True), *shapes, kernels=1)
     compiled("v5e:2x2", kernels.project, *shapes, kernels=0)
+
+
+def test_what_was_exported_for_all_platforms_compiles():
+    shapes = ((4096, 576), bf16), ((171, 576), f32)
+    run = jax.jit(functools.partial(kernels.project, cosine=True, impl="kernel"))
+    given = [jax.ShapeDtypeStruct(*shape) for shape in shapes]
+    compiled("v5e:2x2", jax.export.export(run, platforms=("cpu", "cuda", "tpu"))(*given).call, *shapes)
