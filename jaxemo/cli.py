@@ -14,6 +14,10 @@ MODEL = (
     "registered name (by default smollm2-135m), .gguf file, directory, or ORG/NAME[:FILE.gguf] on the Hugging Face hub"
 )
 
+CORPUS = (
+    "stories: your own, JSONL with emotion and text, or 'shipped' (171 emotions, the default) or 'starter' (24 of them)"
+)
+
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command; a mistake of the user's is one line on stderr and exit status 2."""
@@ -105,9 +109,12 @@ def _parser() -> argparse.ArgumentParser:
     sub = command("extract", _extract, "find the emotion directions of a model")
     model(sub)
     sub.add_argument("-o", "--out", default="vectors.safetensors", help="file to write (vectors.safetensors)")
-    sub.add_argument("--corpus", help="stories of your own, JSONL with emotion and text (default: the shipped corpus)")
+    sub.add_argument("--corpus", default="shipped", help=CORPUS)
     sub.add_argument(
         "--denoise", type=float, default=0.5, help="share of the neutral texts' variance to project out (0.5)"
+    )
+    sub.add_argument(
+        "--layers", type=_numbers, default="all", help="layers to extract at, for example 24 or 20-24 (all)"
     )
 
     sub = command("read", _read, "score texts on emotion directions")
@@ -352,11 +359,15 @@ def _extract(args):
 
     files.check_writable(args.out)
     begin = time.perf_counter()
-    chosen = corpus.load(args.corpus) if args.corpus else corpus.shipped()
-    vectors = extract(_load(args), chosen, denoise=args.denoise)
+    chosen = corpus.named(args.corpus)
+    # Killed at any moment, the same command goes on from where it was.
+    vectors = extract(_load(args), chosen, layers=args.layers, denoise=args.denoise, checkpoint=f"{args.out}.part")
     vectors.save(args.out)
-    print(f"{len(vectors.names)} directions at {len(vectors.directions)} layers from {len(chosen.stories)} stories "
+    print(f"{len(vectors.names)} directions at {len(vectors.layers)} layers from {len(chosen.stories)} stories "
           f"({chosen.name}) in {time.perf_counter() - begin:.0f} s, written to {args.out}")  # fmt: skip
+    cosine = sorted(zip(vectors.measured["self_cosine"], vectors.names, strict=True))
+    print(f"bootstrap self-cosine at layer {vectors.layer}: {sum(c for c, _ in cosine) / len(cosine):.2f} on average, from "
+          f"{cosine[0][0]:.2f} ({cosine[0][1]}) to {cosine[-1][0]:.2f} ({cosine[-1][1]})")  # fmt: skip
 
 
 def _ranking(names, scores, top: int) -> str:

@@ -90,6 +90,12 @@ def _neutral() -> tuple[str, ...]:
     return tuple(f"{record['user']}\n\n{record['assistant']}" for record in records("neutral.jsonl"))
 
 
+def named(name: str | os.PathLike) -> Corpus:
+    """A corpus that comes with jaxemo, "shipped", "starter" or "heldout", or one of your own by its path (see `load`)."""
+    own = {"shipped": shipped, "starter": starter, "heldout": heldout}
+    return own[str(name)]() if str(name) in own else load(name)
+
+
 def load(path: str | os.PathLike) -> Corpus:
     """Stories of your own: one JSON object a line with "emotion", "text" and, if you like, "topic".
 
