@@ -116,13 +116,13 @@ def affect(vectors: EmotionVectors, layer: int, n: int = 5, seed: int = 0) -> Af
     Raises ValueError where fewer than ten of the words are rated.
     """
     norms, expected = ("valence", "arousal"), (0, 1)
-    parts = components(vectors, layer, n)
     human = np.stack([human_norms(vectors.names, norm) for norm in norms])
     rated = np.isfinite(human).all(0)
     if rated.sum() < 10:
         raise ValueError(
             f"{rated.sum()} of {len(rated)} words are rated by people (glasgow_norms.csv), at least 10 needed"
         )
+    parts = components(vectors, layer, n)
     x, human = parts.coordinates[rated], human[:, rated]
     matrix = statistics.correlations(human, x)
     matches = [statistics.best_match(h, x, seed) for h in human]
@@ -164,7 +164,7 @@ class Clusters:
 
 
 def clusters(
-    vectors: EmotionVectors, layer: int, families: Sequence[str], k: int = 10, seed: int = 0, draws: int = 2000
+    vectors: EmotionVectors, layer: int, families: Sequence[str], k: int = 10, seed: int = 0, draws: int = 1000
 ) -> Clusters:
     """k-means (scikit-learn, 20 starts) of the directions after one layer; `families [E]` is what each is compared with.
 
@@ -180,8 +180,9 @@ def clusters(
         )
     found = sklearn.cluster.KMeans(k, n_init=20, random_state=seed).fit_predict(vectors.directions[layer])
     rng = np.random.default_rng(seed)
-    rand = sklearn.metrics.adjusted_rand_score(families, found)
-    chance = [sklearn.metrics.adjusted_rand_score(rng.permutation(families), found) for _ in range(draws)]
+    of = np.unique(families, return_inverse=True)[1]
+    rand = sklearn.metrics.adjusted_rand_score(of, found)
+    chance = [sklearn.metrics.adjusted_rand_score(rng.permutation(of), found) for _ in range(draws)]
     return Clusters(vectors.names, layer, found, tuple(families), float(rand), float(np.quantile(chance, 0.95)),
                     float((1 + np.sum(np.array(chance) >= rand)) / (1 + draws)))  # fmt: skip
 

@@ -1,0 +1,279 @@
+"""Can the emotion of texts be told from the directions? Texts that no extraction saw (paper, "Validation").
+
+A text's score on a direction is the projection of its mean residual stream. Every direction has an offset of its own, so the
+largest raw score says little: scores are standardised for each emotion over the texts of a fold, which has no labels to
+learn from. The layer is chosen on all folds but one and used on that one, in turn, so that no text chooses its own layer.
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from jaxemo.emotions import extraction, methods, statistics
+from jaxemo.emotions.corpus import Corpus
+from jaxemo.emotions.vectors import EmotionVectors
+from jaxemo.language_model import LanguageModel
+
+TOP = 5
+
+
+@dataclasses.dataclass(frozen=True)
+class Guesses:
+    """One way of guessing, R times over (random directions are drawn many times): the `guess [R, n]` for each text and the
+    `rank [R, n]` of the right answer, 0 the first; `layers` says which layer each fold was read at."""
+
+    guess: np.ndarray
+    rank: np.ndarray
+    layers: Mapping[str, int] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class Classification:
+    """Guesses at the emotion of n texts out of E `names`, by every method of `guesses`; the first is what is tested, the
+    others are what it is measured by.
+
+    `labels [n]` are the right answers, `folds [n]` name the fold of each text, `families [E]` the group of each emotion (""
+    for all where there are none). `by_layer [L, 3]` has top-1, top-5 and family accuracy of the tested directions at each
+    layer on all texts (for the figure: its maximum is no result; NaN where they have no directions).
+    """
+
+    corpus: str
+    names: tuple[str, ...]
+    families: tuple[str, ...]
+    labels: np.ndarray
+    folds: tuple[str, ...]
+    guesses: dict[str, Guesses]
+    by_layer: np.ndarray
+
+    def rates(self, method: str) -> np.ndarray:
+        """Top-1, top-5 and family accuracy, each as rate and 95 % interval, `[3, 3]`.
+
+        The interval is Wilson's over texts, or holds 95 % of the draws where there are many.
+        """
+        g = self.guesses[method]
+        hits = np.stack(_hits(g.guess, g.rank, self.labels, self.families))  # [3, R, n]
+        R, n = g.rank.shape
+        if R > 1:
+            return np.array([[h.mean(), *np.quantile(h.mean(1), [0.025, 0.975])] for h in hits])
+        return np.array([[h.mean(), *statistics.wilson(int(h.sum()), n)] for h in hits])
+
+    @property
+    def confusion(self) -> np.ndarray:
+        """How many texts of each emotion (rows) the tested directions take for each (columns), `[E, E]`."""
+        counts = np.zeros((len(self.names), len(self.names)), int)
+        np.add.at(counts, (self.labels, next(iter(self.guesses.values())).guess[0]), 1)
+        return counts
+
+    def summary(self) -> str:
+        grouped = len(set(self.families)) > 1
+        heads = ["top-1", f"top-{TOP}"] + ["family"] * grouped
+        wide = max(map(len, self.guesses))
+        lines = [
+            f"{self.corpus}: {len(self.labels)} texts, {len(self.names)} emotions" + f", {len(set(self.families))} families" * grouped,
+            " " * wide + "".join(f"  {head:>20s}" for head in heads),
+        ]  # fmt: skip
+        for name, g in self.guesses.items():
+            rates = self.rates(name)[: len(heads)]
+            cells = "".join(f"  {100 * rate:5.1f} % [{100 * low:4.1f}, {100 * high:4.1f}]" for rate, low, high in rates)
+            where = ", ".join(f"{layer} for {fold}" for fold, layer in g.layers.items())
+            draws = f"  {len(g.rank)} draws" if len(g.rank) > 1 else ""
+            lines.append(f"{name:{wide}s}{cells}" + (f"  layer {where}" if where else "") + draws)
+        return "\n".join(lines)
+
+
+def _hits(guess, rank, labels, families) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    of = np.unique(families, return_inverse=True)[1]
+    return rank == 0, rank < TOP, of[guess] == of[labels]
+
+
+def ranks(scores: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """How many of the E others score above the right one, `[..., n]`, of `scores [..., n, E]`; a tie counts half.
+
+    Half, so that a score that is the same for all is right by chance only. NaN is refused, as it would be right always.
+    """
+    if not np.isfinite(scores).all():
+        raise ValueError("scores must be finite: those of a layer without directions cannot be ranked")
+    own = np.take_along_axis(scores, np.broadcast_to(labels[:, None], (*scores.shape[:-1], 1)), -1)
+    return (scores > own).sum(-1) + ((scores == own).sum(-1) - 1) / 2
+
+
+def standardised(scores: np.ndarray, folds: Sequence[str]) -> np.ndarray:
+    """`scores [..., n, E]` less their mean and by their standard deviation over the texts of the same fold, without labels."""
+    folds_, out = np.asarray(folds), np.zeros(scores.shape)
+    for fold in np.unique(folds_):
+        of = scores[..., folds_ == fold, :].astype(np.float64)
+        centred = of - of.mean(-2, keepdims=True)
+        out[..., folds_ == fold, :] = centred / np.maximum(of.std(-2, keepdims=True), 1e-12)
+    return out
+
+
+def fold_names(labels: np.ndarray, topics: Sequence[str]) -> tuple[str, ...]:
+    """The fold of each text: its topic, or one of two groups of topics where there are more than two.
+
+    Where all topics are the same, the texts of each label go to two folds in turn.
+    """
+    known = sorted(set(topics))
+    if len(known) == 2:
+        return tuple(topics)
+    if len(known) > 2:
+        return tuple("ab"[known.index(topic) % 2] for topic in topics)
+    seen: dict[int, int] = {}
+    turns = []
+    for label in labels.tolist():
+        turns.append("ab"[seen.setdefault(label, 0) % 2])
+        seen[label] += 1
+    return tuple(turns)
+
+
+def cross_fitted(scores: np.ndarray, labels: np.ndarray, folds: Sequence[str], layers: Sequence[int]) -> Guesses:
+    """Guesses from standardised `scores [L, n, E]`, each fold at the one of `layers` with the best top-5 accuracy on the others.
+
+    Ties go to the lower mean rank. With a single layer there is nothing to choose, and no layer is named.
+    """
+    rank = ranks(scores, labels)  # [L, n]
+    which, chosen = np.asarray(folds), {}
+    at = np.zeros(len(labels), int)
+    for fold in np.unique(which):
+        others = rank[:, which != fold]
+        best = (
+            max(range(len(rank)), key=lambda i: ((others[i] < TOP).mean(), -others[i].mean())) if len(rank) > 1 else 0
+        )
+        at[which == fold], chosen[str(fold)] = best, int(layers[best])
+    texts = np.arange(len(labels))
+    return Guesses(scores[at, texts].argmax(-1)[None], rank[at, texts][None], chosen if len(rank) > 1 else {})
+
+
+def compare(
+    corpus: str,
+    names: Sequence[str],
+    families: Sequence[str],
+    labels: np.ndarray,
+    folds: Sequence[str],
+    scores: Mapping[str, np.ndarray],
+    random: np.ndarray,
+    layers: Sequence[int],
+    L: int,
+) -> Classification:
+    """A Classification from arrays: `scores` of each method `[len(layers) or 1, n, E]`, the tested one first, and those of
+    R draws of `random` directions `[R, len(layers), n, E]`. All are standardised here."""
+    if len(set(folds)) < 2:
+        raise ValueError(
+            f"{corpus}: one fold cannot choose a layer for itself; give texts on two topics, or two of an emotion"
+        )
+    z = {name: standardised(of, folds) for name, of in scores.items()}
+    guesses = {name: cross_fitted(of, labels, folds, layers) for name, of in z.items()}
+    drawn = [cross_fitted(standardised(of, folds), labels, folds, layers) for of in random]
+    guesses["random directions"] = Guesses(
+        np.concatenate([g.guess for g in drawn]), np.concatenate([g.rank for g in drawn])
+    )
+    guesses["majority"] = majority(labels, families)
+    first = next(iter(z.values()))
+    rank, by_layer = ranks(first, labels), np.full((L, 3), np.nan)
+    by_layer[list(layers)] = np.stack([h.mean(-1) for h in _hits(first.argmax(-1), rank, labels, families)], axis=-1)
+    return Classification(corpus, tuple(names), tuple(families), labels, tuple(folds), guesses, by_layer)
+
+
+def majority(labels: np.ndarray, families: Sequence[str]) -> Guesses:
+    """Always the same guesses, those that are right most often: emotions by how frequent their family and they are."""
+    of = np.unique(families, return_inverse=True)[1]
+    count = np.bincount(labels, minlength=len(families))
+    by_family = np.bincount(of, weights=count)
+    order = np.lexsort((-count, of, -by_family[of]))
+    rank = np.empty(len(families), int)
+    rank[order] = np.arange(len(families))
+    return Guesses(np.full((1, len(labels)), order[0]), rank[labels][None])
+
+
+def families_of(names: Sequence[str]) -> tuple[str, ...]:
+    """The study's family of each name, or "" for all where one is no emotion of the study."""
+    from jaxemo.emotions import corpus
+
+    known = {row["emotion"]: row["family"] for row in corpus.table("emotions.csv")}
+    return tuple(known[name] for name in names) if set(names) <= set(known) else ("",) * len(names)
+
+
+def _labels(names: Sequence[str], corpus: Corpus) -> np.ndarray:
+    unknown = sorted({story.emotion for story in corpus.stories} - set(names))
+    if unknown:
+        raise ValueError(f"{corpus.name}: there are no directions for {', '.join(unknown[:5])}"
+                         f"{' and others' if len(unknown) > 5 else ''}; leave their texts out")  # fmt: skip
+    return np.array([names.index(story.emotion) for story in corpus.stories])
+
+
+def table_means(lm: LanguageModel, texts: Sequence[str], skip: int, longest: int) -> np.ndarray:
+    """Each text's mean token embedding `[n, 1, D]`, of the tokens that `extraction.pooled` counts: the model without layers."""
+    table = np.asarray(lm.params["embed"], np.float32)
+    return np.stack([table[lm.tokenizer.encode(text)[skip:longest]].mean(0) for text in texts])[:, None]
+
+
+def word_scores(training: Sequence[str], labels: np.ndarray, texts: Sequence[str], classes: int) -> np.ndarray:
+    """Bag of words: the log-probability `[n, classes]` of each class by TF-IDF and logistic regression (scikit-learn).
+
+    Classes without training texts get the lowest.
+    """
+    import sklearn.feature_extraction.text
+    import sklearn.linear_model
+
+    bag = sklearn.feature_extraction.text.TfidfVectorizer(sublinear_tf=True, min_df=2)
+    fitted = sklearn.linear_model.LogisticRegression(C=10, max_iter=300).fit(bag.fit_transform(training), labels)
+    found = fitted.predict_log_proba(bag.transform(texts))
+    out = np.full((len(texts), classes), found.min())
+    out[:, fitted.classes_] = found
+    return out
+
+
+def classify(
+    lm: LanguageModel,
+    vectors: EmotionVectors,
+    heldout: Corpus,
+    training: Corpus,
+    *,
+    skip: int = extraction.SKIP,
+    longest: int = extraction.LONGEST,
+    random: int = 20,
+    seed: int = 0,
+    max_tokens: int = 2048,
+    progress: bool = True,
+) -> Classification:
+    """The emotion of each text of `heldout`, any labelled corpus that `vectors` were not made from, by `vectors` and baselines.
+
+    Baselines: a bag of words and directions in the embedding table (the model without its layers), both from `training`, the
+    stories that `vectors` were made from; `random` draws of random directions, at each layer; and always the same guess.
+
+    Raises ValueError for a text that is in both corpora, an emotion without a direction, or texts that make no two folds.
+    """
+    stories = [story for story in training.stories if story.emotion in vectors.names]
+    both = {story.text for story in stories} & {story.text for story in heldout.stories}
+    if both:
+        raise ValueError(f"{heldout.name} and {training.name} share {len(both)} texts, such as {min(both)[:60]!r}")
+    labels, topics = _labels(vectors.names, heldout), [story.topic for story in heldout.stories]
+    texts, taught = (
+        [story.text for story in heldout.stories],
+        np.array([vectors.names.index(s.emotion) for s in stories]),
+    )
+    if len(set(taught.tolist())) < len(vectors.names):
+        missing = [name for e, name in enumerate(vectors.names) if e not in taught]
+        raise ValueError(
+            f"{training.name}: no stories of {', '.join(missing[:5])}; it must be what the vectors were made from"
+        )
+    means = extraction.pooled(lm, texts, skip, max_tokens, progress, longest)[0]
+    table = table_means(lm, texts, skip, longest)
+    taught_table = methods.directions(table_means(lm, [s.text for s in stories], skip, longest), taught)
+    layers, E = methods.layers_of(vectors), len(vectors.names)
+    draws = (vectors.random(E, seed + draw) for draw in range(random))
+    return compare(
+        heldout.name,
+        vectors.names,
+        families_of(vectors.names),
+        labels,
+        fold_names(labels, topics),
+        {
+            "directions": methods.project(means, vectors.directions)[layers],
+            "bag of words": word_scores([s.text for s in stories], taught, texts, E)[None],
+            "embedding table": methods.project(table, taught_table),
+        },
+        np.stack([methods.project(means, drawn.directions)[layers] for drawn in draws]),
+        layers,
+        len(vectors.directions),
+    )
