@@ -59,6 +59,11 @@ class Classification:
         return np.array([[h.mean(), *statistics.wilson(int(h.sum()), n)] for h in hits])
 
     @property
+    def layer(self) -> int:
+        """The layer at which the tested directions do best on all texts (top-5): for reading anything but these texts."""
+        return int(np.nanargmax(self.by_layer[:, 1]))
+
+    @property
     def confusion(self) -> np.ndarray:
         """How many texts of each emotion (rows) the tested directions take for each (columns), `[E, E]`."""
         counts = np.zeros((len(self.names), len(self.names)), int)
@@ -229,6 +234,7 @@ def classify(
     heldout: Corpus,
     training: Corpus,
     *,
+    others: Mapping[str, EmotionVectors] | None = None,
     skip: int = extraction.SKIP,
     longest: int = extraction.LONGEST,
     random: int = 20,
@@ -237,6 +243,9 @@ def classify(
     progress: bool = True,
 ) -> Classification:
     """The emotion of each text of `heldout`, any labelled corpus that `vectors` were not made from, by `vectors` and baselines.
+
+    `others` are further vectors of the same emotions for the same table, by the name to list them under: of other methods (see
+    `methods.extract`), or before denoising.
 
     Baselines: a bag of words and directions in the embedding table (the model without its layers), both from `training`, the
     stories that `vectors` were made from; `random` draws of random directions, at each layer; and always the same guess.
@@ -260,7 +269,11 @@ def classify(
     means = extraction.pooled(lm, texts, skip, max_tokens, progress, longest)[0]
     table = table_means(lm, texts, skip, longest)
     taught_table = methods.directions(table_means(lm, [s.text for s in stories], skip, longest), taught)
-    layers, E = methods.layers_of(vectors), len(vectors.names)
+    layers, E = list(vectors.layers), len(vectors.names)
+    compared = {"directions": vectors} | {name: v.select(vectors.names) for name, v in (others or {}).items()}
+    for name, v in compared.items():
+        if not set(layers) <= set(v.layers):
+            raise ValueError(f"{name}: no directions at some of the layers {layers} of those that are tested")
     draws = (vectors.random(E, seed + draw) for draw in range(random))
     return compare(
         heldout.name,
@@ -269,7 +282,7 @@ def classify(
         labels,
         fold_names(labels, topics),
         {
-            "directions": methods.project(means, vectors.directions)[layers],
+            **{name: methods.project(means, v.directions)[layers] for name, v in compared.items()},
             "bag of words": word_scores([s.text for s in stories], taught, texts, E)[None],
             "embedding table": methods.project(table, taught_table),
         },

@@ -11,7 +11,7 @@ import scipy.cluster.hierarchy
 import scipy.spatial.distance
 import scipy.stats
 
-from jaxemo.emotions import corpus, statistics
+from jaxemo.emotions import corpus, methods, statistics
 from jaxemo.emotions.vectors import EmotionVectors
 
 
@@ -122,7 +122,7 @@ def affect(vectors: EmotionVectors, layer: int, n: int = 5, seed: int = 0) -> Af
         raise ValueError(
             f"{rated.sum()} of {len(rated)} words are rated by people (glasgow_norms.csv), at least 10 needed"
         )
-    parts = components(vectors, layer, n)
+    parts = components(vectors, methods.layer_of(vectors, layer), n)
     x, human = parts.coordinates[rated], human[:, rated]
     matrix = statistics.correlations(human, x)
     matches = [statistics.best_match(h, x, seed) for h in human]
@@ -178,7 +178,9 @@ def clusters(
             f"k={k} clusters of {len(vectors.names)} directions with {len(families)} families: expected 2 to "
             f"{len(vectors.names)} clusters and a family for each direction"
         )
-    found = sklearn.cluster.KMeans(k, n_init=20, random_state=seed).fit_predict(vectors.directions[layer])
+    found = sklearn.cluster.KMeans(k, n_init=20, random_state=seed).fit_predict(
+        vectors.directions[methods.layer_of(vectors, layer)]
+    )
     rng = np.random.default_rng(seed)
     of = np.unique(families, return_inverse=True)[1]
     rand = sklearn.metrics.adjusted_rand_score(of, found)
@@ -190,19 +192,19 @@ def clusters(
 @dataclasses.dataclass(frozen=True)
 class Similarity:
     """Do the layers arrange the emotions alike? Spearman's rho `[L, L]` of the cosines of all pairs of directions, and
-    `random [L, L]` of random directions that turn from layer to layer as these do."""
+    `random [L, L]` of random directions that turn from layer to layer as these do. NaN at layers without directions."""
 
     rho: np.ndarray
     random: np.ndarray
 
     def summary(self) -> str:
-        L = len(self.rho)
-        at = sorted({0, L // 4, L // 2, 3 * L // 4, L - 1})
+        there = np.flatnonzero(np.isfinite(np.diag(self.rho)))
+        at = sorted({int(there[round(i * (len(there) - 1) / 4)]) for i in range(5)})
         lines = ["similarity of layers (RSA, Spearman's rho); in brackets random directions that turn as these do"]
         lines.append("  layer " + "".join(f"{j:14d}" for j in at))
         for i in at:
             lines.append(
-                f"  {i:5d} " + "".join(f"{self.rho[i, j]:+7.2f} ({self.random[i, j]:+.2f})"[-14:].rjust(14) for j in at)
+                f"  {i:5d} " + "".join(f"{self.rho[i, j]:+.2f} ({self.random[i, j]:+.2f})".rjust(14) for j in at)
             )
         return "\n".join(lines)
 
@@ -215,6 +217,8 @@ def similarity(vectors: EmotionVectors, seed: int = 0) -> Similarity:
 
 
 def _rsa(vectors: EmotionVectors) -> np.ndarray:
-    pairs = np.triu_indices(len(vectors.names), 1)
-    ranks = np.stack([scipy.stats.rankdata(cosines(vectors, at)[pairs]) for at in range(len(vectors.directions))])
-    return np.corrcoef(ranks).reshape(len(ranks), len(ranks))  # Spearman's rho is Pearson's r of ranks
+    pairs, L = np.triu_indices(len(vectors.names), 1), len(vectors.directions)
+    ranks = [scipy.stats.rankdata(cosines(vectors, at)[pairs]) for at in vectors.layers]
+    rho = np.full((L, L), np.nan)
+    rho[np.ix_(vectors.layers, vectors.layers)] = np.corrcoef(ranks)  # Spearman's rho is Pearson's r of ranks
+    return rho

@@ -66,10 +66,7 @@ def lens(
     `words` are those looked at, by default the words of the shipped corpus and the emotions themselves; of these, the ones
     that are a single token after a space. Raises ValueError where no two are.
     """
-    layer = vectors.layer if layer is None else layer
-    at = methods.layers_of(vectors)
-    if layer not in at:
-        raise ValueError(f"layer {layer} has no directions; there are some at {at}")
+    layer = methods.layer_of(vectors, layer)
     known = single_tokens(lm, vocabulary() | set(vectors.names) if words is None else set(words))
     if len(known) < 2:
         raise ValueError(
@@ -80,7 +77,7 @@ def lens(
     ]  # fmt: skip
     ids = np.array(list(known.values()))
     by_layer = np.full(len(vectors.directions), np.nan)
-    for i in at:
+    for i in vectors.layers:
         by_layer[i] = _median(_best(_logits(lm, vectors.directions[i], ids), own).diagonal())
     logits = _logits(lm, vectors.directions[layer], ids)
     best = _best(logits, own)  # [direction, emotion]

@@ -4,13 +4,17 @@
 """
 
 import functools
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
+from jaxemo.emotions import extraction
+from jaxemo.emotions.corpus import Corpus
 from jaxemo.emotions.vectors import EmotionVectors
+from jaxemo.language_model import LanguageModel
 
 METHODS = ("difference", "pca", "probe", "whitened")
 
@@ -50,14 +54,42 @@ def directions(
     return np.stack([found(x[:, at].astype(np.float64), y, E, groups, l2) for at in range(x.shape[1])])
 
 
+def extract(
+    lm: LanguageModel,
+    corpus: Corpus,
+    methods: Sequence[str] = METHODS,
+    *,
+    skip: int = extraction.SKIP,
+    longest: int = extraction.LONGEST,
+    max_tokens: int = 2048,
+    progress: bool = True,
+) -> dict[str, EmotionVectors]:
+    """EmotionVectors of every method from the same activations of `corpus`, which are all in memory: `[stories, L, D]` float32."""
+    x, norms = extraction.pooled(lm, [story.text for story in corpus.stories], skip, max_tokens, progress, longest)
+    names = corpus.emotions
+    labels = np.array([names.index(story.emotion) for story in corpus.stories])
+    topics = [story.topic for story in corpus.stories]
+    about = {"model": lm.source, "made_for": lm.config.outline, "corpus": corpus.name, "corpus_sha256": corpus.sha256,
+             "stories": len(labels), "skip": skip, "longest": longest}  # fmt: skip
+    found = {}
+    for method in methods:
+        d = directions(x, labels, method, topics)
+        of = {name: d[:, e] for e, name in enumerate(names)}
+        found[method] = EmotionVectors.from_directions(of, norms.mean(0), {**about, "method": method})
+    return found
+
+
 def project(activations: np.ndarray, directions: np.ndarray) -> np.ndarray:
     """Scores `[L, n, E]` of `activations [n, L, D]` on `directions [L, E, D]`."""
     return np.matmul(np.moveaxis(activations, 1, 0), np.moveaxis(directions, 1, 2))
 
 
-def layers_of(vectors: EmotionVectors) -> list[int]:
-    """The layers that `vectors` have directions at."""
-    return np.flatnonzero(np.abs(vectors.directions).max((1, 2)) > 0).tolist()
+def layer_of(vectors: EmotionVectors, layer: int | None) -> int:
+    """`layer`, by default `vectors.layer`. Raises ValueError where there are no directions at it."""
+    layer = vectors.layer if layer is None else layer
+    if layer not in vectors.layers:
+        raise ValueError(f"there are no directions at layer {layer}, only at {', '.join(map(str, vectors.layers))}")
+    return layer
 
 
 def _means(x, y, E):

@@ -98,7 +98,7 @@ def implicit(
     labels = np.array([names.index(record["emotion"]) for record in records])
     folds = classification.fold_names(labels, [""] * len(labels))
     x, position = before_answer(lm, texts, max_tokens, progress)
-    layers, E = methods.layers_of(vectors), len(names)
+    layers, E = list(vectors.layers), len(names)
     drawn = np.stack([methods.project(x, vectors.random(E, seed + i).directions)[layers] for i in range(random)])
     scores = {"directions": methods.project(x, chosen.directions)[layers]}
     if training is not None:
@@ -201,7 +201,7 @@ def numbers(
     Raises ValueError for a template without "{n}", fewer than three values, or no dose or no control.
     """
     records = corpus.records("numbers.jsonl") if records is None else records
-    layer = vectors.layer if layer is None else layer
+    layer = methods.layer_of(vectors, layer)
     for record in records:
         if record["kind"] not in ("dose", "control") or "{n}" not in record["template"] or len(record["values"]) < 3:
             raise ValueError(
@@ -213,8 +213,6 @@ def numbers(
         raise ValueError(
             "number templates need a dose that names emotions, and a control that counts something harmless"
         )
-    if layer not in methods.layers_of(vectors):
-        raise ValueError(f"layer {layer} has no directions; there are some at {methods.layers_of(vectors)}")
     filled = [r["template"].replace("{n}", str(value)) for r in records for value in r["values"]]
     x, position = before_answer(lm, filled, max_tokens, progress)
     names = tuple(dict.fromkeys(e for _, e, _ in named))
