@@ -380,6 +380,11 @@ def test_components_are_set_beside_human_ratings_and_chance():
     )
     assert (got.interval[:, 0] < got.r).all() and (got.r < got.interval[:, 1]).all()
     assert (none.best_p > none.p[none.best == none.expected].max(initial=0)).all() and np.abs(none.matrix).max() < 0.5
+    assert (
+        (got.decoded[:, 0] > 0.8).all()
+        and (np.abs(got.random_decoded) < 0.5).all()
+        and (none.decoded[:, 0] < 0.5).all()
+    )
     assert got.share[0] > 3 * got.random_share[0] and "permutation p" in got.summary()
     with pytest.raises(ValueError, match="1 of 1 words are rated"):
         geometry.affect(vectors.select(["happy"]), 1)

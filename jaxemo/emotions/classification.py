@@ -252,6 +252,8 @@ def classify(
 
     Raises ValueError for a text that is in both corpora, an emotion without a direction, or texts that make no two folds.
     """
+    if not heldout.stories:
+        raise ValueError(f"{heldout.name}: no texts to classify")
     stories = [story for story in training.stories if story.emotion in vectors.names]
     both = {story.text for story in stories} & {story.text for story in heldout.stories}
     if both:

@@ -80,6 +80,10 @@ class Affect:
     and `p` by permutation. `matrix [norms, n]` has r with each of the components, `best` the one of largest |r|, and
     `best_p` how often the best of n components is as good with permuted ratings. `share [n]` is of the variance, and
     `random_share [n]` the same of as many random directions.
+
+    `decoded [norms, 3]` is r, with its interval, of the ratings with what ridge regression makes of the whole directions of words
+    that it was not fitted on (ten folds): is it in the directions, if not in a main component? `random_decoded [norms]` is r for
+    random directions.
     """
 
     layer: int
@@ -94,6 +98,8 @@ class Affect:
     best_p: np.ndarray
     share: np.ndarray
     random_share: np.ndarray
+    decoded: np.ndarray
+    random_decoded: np.ndarray
 
     def summary(self) -> str:
         lines = [
@@ -105,7 +111,9 @@ class Affect:
             low, high = self.interval[i]
             lines.append(
                 f"  {norm:9s} PC{self.expected[i] + 1} r = {self.r[i]:+.2f} [{low:+.2f}, {high:+.2f}], permutation p = {self.p[i]:.4f};"
-                f"  best of {len(self.share)}: PC{self.best[i] + 1}, |r| = {abs(self.matrix[i, self.best[i]]):.2f}, p = {self.best_p[i]:.4f}"
+                f"  best of {len(self.share)}: PC{self.best[i] + 1}, |r| = {abs(self.matrix[i, self.best[i]]):.2f}, p = {self.best_p[i]:.4f};"
+                f"  decoded r = {self.decoded[i, 0]:+.2f} [{self.decoded[i, 1]:+.2f}, {self.decoded[i, 2]:+.2f}]"
+                f" (random directions {self.random_decoded[i]:+.2f})"
             )
         return "\n".join(lines)
 
@@ -124,6 +132,8 @@ def affect(vectors: EmotionVectors, layer: int, n: int = 5, seed: int = 0) -> Af
         )
     parts = components(vectors, methods.layer_of(vectors, layer), n)
     x, human = parts.coordinates[rated], human[:, rated]
+    random = vectors.random(len(vectors.names), seed)
+    predicted = _decoded(vectors.directions[layer][rated], human, seed)
     matrix = statistics.correlations(human, x)
     matches = [statistics.best_match(h, x, seed) for h in human]
     return Affect(
@@ -138,8 +148,30 @@ def affect(vectors: EmotionVectors, layer: int, n: int = 5, seed: int = 0) -> Af
         best=np.array([at for at, _ in matches]),
         best_p=np.array([p for _, p in matches]),
         share=parts.share,
-        random_share=components(vectors.random(len(vectors.names), seed), layer, n).share,
+        random_share=components(random, layer, n).share,
+        decoded=np.array(
+            [
+                (scipy.stats.pearsonr(p, h).statistic, *statistics.interval(p, h, seed))
+                for p, h in zip(predicted, human, strict=True)
+            ]
+        ),
+        random_decoded=np.array(
+            [
+                scipy.stats.pearsonr(p, h).statistic
+                for p, h in zip(_decoded(random.directions[layer][rated], human, seed), human, strict=True)
+            ]
+        ),
     )
+
+
+def _decoded(x: np.ndarray, human: np.ndarray, seed: int) -> list[np.ndarray]:
+    """What ridge regression on the other nine tenths of the directions `x [n, D]` predicts of each of the ratings `human [norms, n]`."""
+    import sklearn.linear_model
+    import sklearn.model_selection
+
+    folds = sklearn.model_selection.KFold(10, shuffle=True, random_state=seed)
+    ridge = sklearn.linear_model.RidgeCV(np.logspace(-2, 2, 9))
+    return [sklearn.model_selection.cross_val_predict(ridge, x, ratings, cv=folds) for ratings in human]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """Everything that says whether directions mean what their names say, on one model, each number beside its baselines.
 
-The layer is chosen on held-out stories; what is then read at it (words, numbers, human ratings) had no say in it.
+The layer is chosen on held-out stories; what is then read at it (words, human ratings, speakers) had no say in it. Numbers are
+read where implicit prompts are told best, since both are read before an answer.
 """
 
 import dataclasses
@@ -81,12 +82,13 @@ def validate(
     layer = found[0].layer
     told = [record for record in corpus.records("implicit.jsonl") if record["emotion"] in vectors.names]
     measured = getattr(vectors, "measured", {})
+    implied = prompts.implicit(lm, vectors, training, told, seed=seed, progress=progress)
     return Validation(
         model=lm.source,
         layer=layer,
         stories=tuple(found),
-        implicit=prompts.implicit(lm, vectors, training, told, seed=seed, progress=progress),
-        numbers=prompts.numbers(lm, vectors, layer, seed=seed, progress=progress),
+        implicit=implied,
+        numbers=prompts.numbers(lm, vectors, implied.guesses.layer, seed=seed, progress=progress),
         lens=lens.lens(lm, vectors, layer, seed=seed),
         affect=geometry.affect(vectors, layer, seed=seed),
         clusters=geometry.clusters(vectors, layer, classification.families_of(vectors.names), seed=seed),
