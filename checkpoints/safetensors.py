@@ -10,7 +10,7 @@ import math
 import mmap
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -97,6 +97,20 @@ def read_header(path: str | os.PathLike) -> dict[str, Tensor]:
     if end < size:
         raise CheckpointError(f"{path}: {size - end} bytes after {last or 'the header'} belong to no tensor")
     return {name: found[name] for name in ordered}
+
+
+def header(tensors: Mapping[str, tuple[np.dtype, Sequence[int]]], metadata: Mapping[str, str] | None = None) -> bytes:
+    """The beginning of a file in which `tensors`, name → (dtype, shape), follow one another in that order."""
+    entries: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
+    at = 0
+    for name, (kind, shape) in tensors.items():
+        size = math.prod(shape) * kind.itemsize
+        code = next(code for code, dtype in DTYPES.items() if np.dtype(dtype) == kind)
+        entries[name] = {"dtype": code, "shape": list(shape), "data_offsets": [at, at + size]}
+        at += size
+    head = json.dumps(entries).encode()
+    head += b" " * (-len(head) % 64 + 56)  # the tensors begin at a multiple of 64 bytes
+    return len(head).to_bytes(8, "little") + head
 
 
 def _entries(path: Path, text: str):

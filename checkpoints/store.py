@@ -10,21 +10,19 @@ a slice. Writing streams one weight at a time and renames the finished directory
 
 import dataclasses
 import json
-import math
 import os
 import pathlib
 import shutil
 import tempfile
 from collections.abc import Callable
 
-import ml_dtypes
 import numpy as np
 from jaxemo.checkpoints import convert
 from jaxemo.checkpoints.convert import Source
 from jaxemo.checkpoints.entries import Entry, same
 from jaxemo.checkpoints.families import build
 from jaxemo.checkpoints.keys import CheckpointError, Keys
-from jaxemo.checkpoints.safetensors import open_tensors
+from jaxemo.checkpoints.safetensors import header, open_tensors
 
 from jaxemo import params as params_lib
 from jaxemo.config import Attention, ModelConfig, Rope
@@ -53,21 +51,13 @@ def write(
     leaves = {(n, -1): leaf for n, leaf in described.items() if n != "layers"}
     leaves |= {(n, i): leaf for i, layer in enumerate(described["layers"]) for n, leaf in layer.items()}
 
-    header, at = {}, 0
-    for (name, i), leaf in leaves.items():
-        kind = np.dtype(params_lib.dtype_of(leaf, dtype))
-        size = math.prod(leaf.shape) * kind.itemsize
-        code = "BF16" if kind == ml_dtypes.bfloat16 else "F32"
-        header[_name(name, i)] = {"dtype": code, "shape": list(leaf.shape), "data_offsets": [at, at + size]}
-        at += size
-    head = json.dumps(header).encode()
-    head += b" " * (-len(head) % 64 + 56)  # the tensors begin at a multiple of 64 bytes
+    head = header({_name(n, i): (np.dtype(params_lib.dtype_of(f, dtype)), f.shape) for (n, i), f in leaves.items()})
 
     directory.parent.mkdir(parents=True, exist_ok=True)
     work = pathlib.Path(tempfile.mkdtemp(dir=directory.parent, prefix=f".{directory.name}-"))
     try:
         with (work / "weights.safetensors").open("wb") as file:
-            file.write(len(head).to_bytes(8, "little") + head)
+            file.write(head)
             for (name, i), leaf in leaves.items():
                 out = np.empty(leaf.shape, params_lib.dtype_of(leaf, dtype))
                 convert.read_into(source, out, *found[name, i])

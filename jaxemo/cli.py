@@ -14,6 +14,12 @@ MODEL = (
     "registered name (by default smollm2-135m), .gguf file, directory, or ORG/NAME[:FILE.gguf] on the Hugging Face hub"
 )
 
+READ = {
+    "z": "standard deviations from neutral text",
+    "projection": "projection on the direction",
+    "cosine": "cosine with the direction",
+    "centred": "cosine with the direction, centred on these texts",
+}
 CORPUS = (
     "stories: your own, JSONL with emotion and text, or 'shipped' (171 emotions, the default) or 'starter' (24 of them)"
 )
@@ -113,9 +119,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument(
         "--denoise", type=float, default=0.5, help="share of the neutral texts' variance to project out (0.5)"
     )
-    sub.add_argument(
-        "--layers", type=_numbers, default="all", help="layers to extract at, for example 24 or 20-24 (all)"
-    )
+    sub.add_argument("--layers", type=_numbers, help="layers to extract at, for example 24 or 20-24 (all)")
 
     sub = command("read", _read, "score texts on emotion directions")
     sub.add_argument("-m", "--model", default="smollm2-135m", help=MODEL)
@@ -123,8 +127,20 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--dtype", help="float32 or bfloat16 (by default float32 on CPU, bfloat16 elsewhere)")
     sub.add_argument("--vectors", required=True, help="file made by `jaxemo extract`")
     sub.add_argument("--layer", type=int)
-    sub.add_argument("--top", type=_positive, default=5, help="emotions to print for each text (5)")
-    sub.add_argument("text", nargs="+", help="texts; '-' reads one text a line from standard input")
+    sub.add_argument("--top", type=_positive, default=5, help="emotions to print for each text, or passages to keep for each "
+                     "emotion (5)")  # fmt: skip
+    sub.add_argument("--kind", choices=READ, default="z", help="the score: standard deviations from neutral text (z), the "
+                     "projection, its cosine, or the cosine centred on all the texts")  # fmt: skip
+    sub.add_argument(
+        "--tokens", default="all", help="tokens to average over: all, last, or in chats user, before_answer, ..."
+    )
+    sub.add_argument(
+        "--input", metavar="FILE", help="a dataset: .txt, one text a line, or .jsonl with text or messages"
+    )
+    sub.add_argument(
+        "-o", "--out", help="with --input: the .parquet or .safetensors file to write; resumes if interrupted"
+    )
+    sub.add_argument("text", nargs="*", help="texts; '-' reads one text a line from standard input")
 
     sub = command("demo", _demo, "extract directions from SmolLM2-135M, test them, and write a report")
     sub.add_argument("-o", "--out", default="report.html")
@@ -361,7 +377,9 @@ def _extract(args):
     begin = time.perf_counter()
     chosen = corpus.named(args.corpus)
     # Killed at any moment, the same command goes on from where it was.
-    vectors = extract(_load(args), chosen, layers=args.layers, denoise=args.denoise, checkpoint=f"{args.out}.part")
+    vectors = extract(
+        _load(args), chosen, layers=args.layers or "all", denoise=args.denoise, checkpoint=f"{args.out}.part"
+    )
     vectors.save(args.out)
     print(f"{len(vectors.names)} directions at {len(vectors.layers)} layers from {len(chosen.stories)} stories "
           f"({chosen.name}) in {time.perf_counter() - begin:.0f} s, written to {args.out}")  # fmt: skip
@@ -378,10 +396,28 @@ def _ranking(names, scores, top: int) -> str:
 def _read(args):
     vectors = _vectors(args, "reading")
     layer = vectors.layer if args.layer is None else args.layer
+    if bool(args.input) == bool(args.text) or bool(args.input) != bool(args.out):
+        raise ValueError("give texts to read, or --input FILE and --out FILE for a dataset")
+    if args.input:
+        from jaxemo.emotions.dataset import read_dataset
+
+        print(
+            read_dataset(
+                _load(args),
+                args.input,
+                vectors,
+                args.out,
+                layer=layer,
+                kind=args.kind,
+                tokens=args.tokens,
+                top=args.top,
+            )
+        )
+        return
     texts = [line.rstrip("\n") for line in sys.stdin] if args.text == ["-"] else args.text
-    reading = _load(args).read(texts, vectors, layer=layer)
-    print(f"standard deviations from neutral text, mean over tokens, after layer {layer}")
-    for text, scores in zip(texts, vectors.standardise(reading.pooled, layer), strict=True):
+    reading = _load(args).read(texts, vectors, layer=layer, tokens=args.tokens, kind=args.kind)
+    print(f"{READ[args.kind]}, mean over tokens, after layer {layer}")
+    for text, scores in zip(texts, reading.pooled, strict=True):
         print(f"{_ranking(vectors.names, scores, args.top)}   | {text[:60]}")
 
 

@@ -100,6 +100,18 @@ def _logprobs(config, params, ids, lengths, interventions):
     return jnp.pad(lax.map(one_row, (x[:, :-1], ids[:, 1:])), ((0, 0), (1, 0)))
 
 
+def adjustment(vectors: Directions, kind: str) -> dict[str, Any]:
+    """What makes a projection the `kind` of score asked for (see `LanguageModel.read`), as arguments of a Capture.
+
+    A "centred" one needs the `centre` besides.
+    """
+    if kind not in READ:
+        raise ValueError(f"kind={kind!r}; expected one of {', '.join(READ)}")
+    if kind == "z":
+        return {"offset": vectors.neutral_mean, "scale": 1 / vectors.neutral_std}  # type: ignore[attr-defined]
+    return {"cosine": kind != "projection"}
+
+
 class LanguageModel:
     """A decoder-only transformer ready to run. `params` decides device, dtype and layer layout; see `jaxemo.params`."""
 
@@ -188,11 +200,11 @@ class LanguageModel:
             of several emotions a text has most of is told by "z", or by "centred" among texts: a direction's projection
             and cosine have an offset of their own.
         """
-        self._check_directions(vectors)
+        self.check_directions(vectors)
         batch = self._batch(texts)
         lengths = np.asarray(batch.lengths)
         wanted: dict[str, Any] = {"resid_post": "all" if layer is None else [layer]}
-        adjust = self._adjust(vectors, kind)
+        adjust = adjustment(vectors, kind)
         if kind == "centred":
             means = Capture(mean=wanted, tokens=tokens, sinks=False)
             mean = np.asarray(self.forward(batch, steering, means, logits=None).captured.mean["resid_post"]).mean(1)
@@ -210,19 +222,12 @@ class LanguageModel:
         return Reading(tuple(vectors.names), words, lengths, scores[0] if one else scores,
                        pooled[0] if one else pooled)  # fmt: skip
 
-    def _check_directions(self, vectors) -> None:
+    def check_directions(self, vectors) -> None:
+        """Raise TypeError for what is no set of directions, ValueError for those of another model."""
         if not hasattr(vectors, "directions"):
             raise TypeError(f"{type(vectors).__name__} is no set of directions, as `jaxemo.emotions.extract(lm)` makes one and "
                             "`jaxemo.EmotionVectors.load(path)` reads one")  # fmt: skip
         steering_lib.check_made_for(self.config, getattr(vectors, "made_for", ""))
-
-    def _adjust(self, vectors, kind: str) -> dict[str, Any]:
-        """What makes a projection the `kind` of score asked for, as arguments of a Capture (without a centre)."""
-        if kind not in READ:
-            raise ValueError(f"kind={kind!r}; expected one of {', '.join(READ)}")
-        if kind == "z":
-            return {"offset": vectors.neutral_mean, "scale": 1 / vectors.neutral_std}
-        return {"cosine": kind != "projection"}
 
     def _token(self, index) -> str:
         return str(index) if self._tokenizer is None else self._tokenizer.token(index)
@@ -261,7 +266,7 @@ class LanguageModel:
         if layer is not None and read is None:
             raise ValueError(f"layer={layer} says where to read, but there is nothing to read: give read=")
         if read is not None:
-            self._check_directions(read)
+            self.check_directions(read)
         if batch.lengths.max() + max_new_tokens > self.config.max_positions:
             raise ValueError(f"{batch.lengths.max()} prompt tokens and {max_new_tokens} new ones exceed the model's "
                              f"{self.config.max_positions} positions")  # fmt: skip

@@ -129,15 +129,15 @@ def as_batch(ids, vocab_size: int) -> TokenBatch:
 def length_batches(rows: Sequence[Sequence[int]], max_tokens: int) -> list[tuple[list[int], TokenBatch]]:
     """Rows sorted by length into batches of one shape for each length bucket: (indices of the rows, batch).
 
-    A batch holds at most `max_tokens` tokens, padding included, but at least one row. The last batch of a bucket is
-    filled up with copies of its first row, which no index names.
+    A batch holds at most `max_tokens` tokens, padding included, but at least one row; a bucket with fewer rows than that has
+    a power of two of them, so that few shapes compile. Its last batch is filled up with copies of a row, which no index names.
     """
     by_bucket: dict[int, list[int]] = {}
     for i in sorted(range(len(rows)), key=lambda i: len(rows[i])):
         by_bucket.setdefault(bucket(len(rows[i])), []).append(i)
     batches = []
     for length, members in by_bucket.items():
-        size = max(1, min(max_tokens // length, len(members)))
+        size = max(1, min(max_tokens // length, 1 << (len(members) - 1).bit_length()))
         for at in range(0, len(members), size):
             indices = members[at : at + size]
             filled = indices + [indices[0]] * (size - len(indices))
