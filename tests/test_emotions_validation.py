@@ -138,14 +138,17 @@ def test_the_layer_of_a_fold_is_chosen_on_the_others_and_offsets_do_not_matter()
     x, labels, topic, truth = planted(size=4.0)
     scores = methods.project(x, np.stack([truth] * 3)) + np.random.default_rng(1).normal(0, 500, (3, 1, 6))
     z = classification.standardised(scores, topic)
-    got = classification.cross_fitted(z, labels, [str(t) for t in topic], [0, 1, 2])
+    got = classification.cross_fitted(z, labels, [str(t) for t in topic], list("aabbcc"), [0, 1, 2])
     assert set(got.layers.values()) == {1} and (got.rank == 0).mean() > 0.8
-    raw = classification.cross_fitted(scores, labels, [str(t) for t in topic], [0, 1, 2])
+    raw = classification.cross_fitted(scores / 1e3, labels, [str(t) for t in topic], list("aabbcc"), [0, 1, 2])
     assert (raw.rank == 0).mean() < 0.4, "the arg-max of raw scores is the one with the largest offset"
     # A fold's own labels have no say in its layer: another layer that is right for fold "0" alone is not taken.
     tempting = z.copy()
     tempting[2] = np.where((topic == 0)[:, None], np.eye(6)[labels] * 9, tempting[2])
-    assert classification.cross_fitted(tempting, labels, [str(t) for t in topic], [0, 1, 2]).layers["0"] == 1
+    assert (
+        classification.cross_fitted(tempting, labels, [str(t) for t in topic], list("aabbcc"), [0, 1, 2]).layers["0"]
+        == 1
+    )
 
 
 def test_standardised_scores_have_no_mean_and_unit_spread_in_each_fold():
@@ -173,7 +176,16 @@ def test_a_comparison_says_how_often_each_method_is_right():
     assert top1 == np.mean(guess == labels) and low < top1 < high
     interval = scipy.stats.binomtest(int((guess == labels).sum()), 240).proportion_ci(method="wilson")
     assert (low, high) == (interval.low, interval.high)
-    assert family == np.mean([families[g] == families[y] for g, y in zip(guess, labels, strict=True)]) and top5 >= top1
+    # The family by hand: the sum over its emotions of exp(2 z), at the layer of the text's fold.
+    z, at = classification.standardised(scores, folds), found.guesses["directions"].layers
+    z = np.stack([z[at[fold], i] for i, fold in enumerate(folds)])
+    sums = {f: sum(np.exp(2 * z[:, e]) for e in range(6) if families[e] == f) for f in set(families)}
+    likeliest = [max(sums, key=lambda f, i=i: sums[f][i]) for i in range(240)]
+    assert family == np.mean([f == families[y] for f, y in zip(likeliest, labels, strict=True)]) and top5 >= top1
+    mean = classification.standardised(scores, folds)[[1, 2]].mean(
+        0
+    )  # of 4 layers, those from a third to seven eighths up
+    assert np.array_equal(found.guesses["directions, layers averaged"].guess[0], mean.argmax(1))
     assert found.confusion.sum() == 240 and found.confusion.trace() == (guess == labels).sum()
     assert np.allclose(found.confusion, _confusion(labels, guess))
     assert found.rates("majority")[:, 0].tolist() == [1 / 6, 5 / 6, 0.5]
@@ -181,7 +193,7 @@ def test_a_comparison_says_how_often_each_method_is_right():
     assert chance[0, 1] < 1 / 6 < chance[0, 2] and chance[0, 2] < top1
     assert np.isnan(found.by_layer[3]).all() and found.by_layer[1, 0] == found.by_layer[:3, 0].max()
     lines = found.summary().splitlines()
-    assert "240 texts, 6 emotions, 3 families" in lines[0] and len(lines) == 5
+    assert "240 texts, 6 emotions, 3 families" in lines[0] and len(lines) == 6
     with pytest.raises(ValueError, match="one fold cannot choose"):
         classification.compare("x", "abcdef", families, labels, ["a"] * 240, {"d": scores}, noise, [0, 1, 2], 3)
 
@@ -206,7 +218,14 @@ def test_classify_reads_the_texts_and_refuses_those_it_was_taught(lm):
     training, held = stories(12, 0), stories(12, 1)
     vectors = extraction.extract(lm, training, denoise=0, skip=5, progress=False)
     got = classification.classify(lm, vectors, held, training, skip=5, random=3, progress=False)
-    assert set(got.guesses) == {"directions", "bag of words", "embedding table", "random directions", "majority"}
+    assert set(got.guesses) == {
+        "directions",
+        "directions, layers averaged",
+        "bag of words",
+        "embedding table",
+        "random directions",
+        "majority",
+    }
     assert got.folds == ("x",) * 3 + ("y",) * 3 + ("x",) * 3 + ("y",) * 3 and got.families == ("", "", "")
     # By hand, at the layers it chose: the mean residual stream of tokens 5 on, projected, standardised within a topic.
     for fold, layer in got.guesses["directions"].layers.items():
