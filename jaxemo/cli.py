@@ -121,6 +121,22 @@ def _parser() -> argparse.ArgumentParser:
     )
     sub.add_argument("--layers", type=_numbers, help="layers to extract at, for example 24 or 20-24 (all)")
 
+    sub = command("corpus", _corpus, "check a corpus: leakage, length, repetition, balance")
+    sub.add_argument("corpus", nargs="?", default="shipped", help=CORPUS + "; or 'heldout'")
+    sub.add_argument("-m", "--model", default="smollm2-135m", help="whose tokens count: " + MODEL)
+    sub.add_argument("--revision", help="branch, tag or commit of a repository")
+
+    sub = command("stories", _stories, "have a model write its own stories, to extract from")
+    model(sub)
+    sub.add_argument("-o", "--out", default="stories.jsonl", help="file to write, or to go on with (stories.jsonl)")
+    sub.add_argument("-n", "--per-topic", type=_positive, default=1, help="stories for each emotion on each topic (1)")
+    sub.add_argument("--topics", type=_positive, default=12, help="how many of the 100 topics (12)")
+    sub.add_argument("--emotions", help="comma-separated (all 171)")
+    sub.add_argument("--rows", type=_positive, default=64, help="stories written at a time: the memory to spend (64)")
+    sub.add_argument("--temperature", type=float, default=0.9)
+    sub.add_argument("--top-p", type=float, default=0.95)
+    sub.add_argument("--seed", type=int, default=0)
+
     sub = command("read", _read, "score texts on emotion directions")
     sub.add_argument("-m", "--model", default="smollm2-135m", help=MODEL)
     sub.add_argument("--revision", help="branch, tag or commit of a repository")
@@ -386,6 +402,35 @@ def _extract(args):
     cosine = sorted(zip(vectors.measured["self_cosine"], vectors.names, strict=True))
     print(f"bootstrap self-cosine at layer {vectors.layer}: {sum(c for c, _ in cosine) / len(cosine):.2f} on average, from "
           f"{cosine[0][0]:.2f} ({cosine[0][1]}) to {cosine[-1][0]:.2f} ({cosine[-1][1]})")  # fmt: skip
+
+
+def _corpus(args):
+    from jaxemo.emotions import corpus, quality
+
+    found = quality.check(corpus.named(args.corpus).stories, _tokenizer(args).encode)
+    print(found)
+    return 1 if found.problems else 0
+
+
+def _tokenizer(args):
+    from jaxemo.checkpoints import loading, resolve
+
+    _, tokenizer = loading.open_model(resolve(args.model, revision=args.revision))
+    if tokenizer is None:
+        raise ValueError(f"{args.model} has no tokenizer")
+    return tokenizer
+
+
+def _stories(args):
+    from jaxemo.emotions import stories
+
+    emotions = args.emotions.split(",") if args.emotions else None
+    print(
+        stories.write(
+            _load(args), args.out, emotions=emotions, topics=args.topics, per_topic=args.per_topic, rows=args.rows,
+            temperature=args.temperature, top_p=args.top_p, seed=args.seed,
+        )
+    )  # fmt: skip
 
 
 def _ranking(names, scores, top: int) -> str:

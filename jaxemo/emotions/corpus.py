@@ -99,7 +99,8 @@ def named(name: str | os.PathLike) -> Corpus:
 def load(path: str | os.PathLike) -> Corpus:
     """Stories of your own: one JSON object a line with "emotion", "text" and, if you like, "topic".
 
-    Neutral texts are the lines whose emotion is "neutral". Raises ValueError naming the line at fault.
+    Neutral texts are the lines whose emotion is "neutral"; lines with a reason why they were "rejected", as `jaxemo stories`
+    writes them, are left out. Raises ValueError naming the line at fault.
     """
     with open(path, encoding="utf-8") as file:
         stories = _stories(os.fspath(path), file.read())
@@ -114,6 +115,8 @@ def _stories(where: str, text: str) -> tuple[Story, ...]:
             continue
         try:
             record = json.loads(line)
+            if record.get("rejected"):
+                continue
             story = Story(record["emotion"], record.get("topic", ""), record["text"])
             assert all(isinstance(field, str) for field in story) and story.emotion and story.text
         except (ValueError, KeyError, AttributeError, TypeError, AssertionError) as error:
