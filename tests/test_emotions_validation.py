@@ -24,6 +24,7 @@ from jaxemo.emotions import (
     prompts,
     speakers,
     statistics,
+    validation,
 )
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
@@ -496,3 +497,41 @@ def test_speaker_directions_are_told_from_dialogues_that_were_not_learnt_from(lm
     assert alone.hits[0].mean() > 0.9 and alone.hits[1].mean() < 0.6
     with pytest.raises(ValueError, match="too few dialogues"):
         speakers.speakers(lm, made[:3])
+
+
+# ---- all of it -------------------------------------------------------------------------------------------------------
+
+
+def test_a_model_is_validated_in_one_call(lm, monkeypatch):
+    """Every test runs on the shipped forms of records and says its numbers beside their baselines."""
+    names = ("afraid", "angry", "calm", "happy", "sad", "proud", "bored", "tired", "safe", "upset")
+    rng = np.random.default_rng(0)
+
+    def made(seed, topics):
+        rng = np.random.default_rng(seed)
+        return tuple(corpus.Story(e, t, " ".join(rng.choice(WORDS, 12))) for e in names for t in topics)
+
+    values = [1, 2, 3]
+    records = {
+        "implicit.jsonl": [
+            {"emotion": e, "prompt": " ".join(rng.choice(WORDS, 4))} for e in (*names, "unheard of") for _ in "ab"
+        ],
+        "numbers.jsonl": [
+            {"name": "a", "kind": "dose", "template": "one {n}", "values": values, "rises": ["sad"], "falls": ["calm"]},
+            {"name": "b", "kind": "control", "template": "a {n}", "values": values},
+        ],
+        "dialogues.jsonl": dialogues(9, words=3),
+    }
+    monkeypatch.setattr(corpus, "records", records.__getitem__)
+    training = corpus.Corpus(
+        "taught", made(0, ("x", "y", "z")), ("the cat sat on a mat and saw", "one two three old dogs run by")
+    )
+    heldout = corpus.Corpus("asked", (*made(1, ("u", "v")), corpus.Story("unheard of", "u", "a cat")), ())
+    vectors = extraction.extract(lm, training, skip=5, progress=False)
+    monkeypatch.setattr(lens, "vocabulary", lambda: frozenset(WORDS))
+    got = validation.validate(lm, vectors, training, heldout, written=heldout, progress=False, skip=5)
+    assert got.layer == got.stories[0].layer and len(got.stories) == 2 and "not denoised" in got.stories[0].guesses
+    text = got.summary()
+    for what in ("asked: 20 texts, 10 emotions", "implicit prompts, read at", "number templates", "logit lens", "PCA of the directions",
+                 "k-means", "similarity of layers", "speakers at layer", "self-cosine", "random directions", "bag of words"):  # fmt: skip
+        assert what in text, what

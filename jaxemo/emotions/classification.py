@@ -189,8 +189,8 @@ def compare(
         if len(of) > 1:
             guesses[name + AVERAGED] = cross_fitted(averaged(of, layers, L), labels, folds, families, layers)
     drawn = [cross_fitted(standardised(of, folds), labels, folds, families, layers) for of in random]
-    stacked = (np.concatenate([getattr(g, field) for g in drawn]) for field in ("guess", "rank", "family"))
-    guesses["random directions"] = Guesses(*stacked)
+    guess, right, family = (np.concatenate([getattr(g, field) for g in drawn]) for field in ("guess", "rank", "family"))
+    guesses["random directions"] = Guesses(guess, right, family)
     guesses["majority"] = majority(labels, families)
     first = next(iter(z.values()))
     rank, by_layer = ranks(first, labels), np.full((L, 3), np.nan)

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from jaxemo.emotions import classification, corpus, geometry, lens, prompts, speakers
+from jaxemo.emotions import classification, corpus, extraction, geometry, lens, prompts, speakers
 from jaxemo.emotions.vectors import EmotionVectors
 from jaxemo.language_model import LanguageModel
 
@@ -58,6 +58,8 @@ def validate(
     heldout: corpus.Corpus | None = None,
     written: corpus.Corpus | None = None,
     others: Mapping[str, EmotionVectors] | None = None,
+    *,
+    skip: int = extraction.SKIP,
     seed: int = 0,
     progress: bool = True,
 ) -> Validation:
@@ -68,7 +70,7 @@ def validate(
     """
     training, heldout = training or corpus.shipped(), heldout or corpus.heldout()
     compared = dict(others or {})
-    if getattr(vectors, "raw", None) is not None:
+    if vectors.raw is not None:
         compared = {"not denoised": vectors.raw, **compared}
 
     def known(of: corpus.Corpus) -> corpus.Corpus:
@@ -76,12 +78,11 @@ def validate(
 
     asked = [known(heldout)] + ([known(written)] if written is not None else [])
     found = [
-        classification.classify(lm, vectors, one, training, others=compared, seed=seed, progress=progress)
+        classification.classify(lm, vectors, one, training, others=compared, skip=skip, seed=seed, progress=progress)
         for one in asked
     ]
     layer = found[0].layer
     told = [record for record in corpus.records("implicit.jsonl") if record["emotion"] in vectors.names]
-    measured = getattr(vectors, "measured", {})
     implied = prompts.implicit(lm, vectors, training, told, seed=seed, progress=progress)
     return Validation(
         model=lm.source,
@@ -94,5 +95,5 @@ def validate(
         clusters=geometry.clusters(vectors, layer, classification.families_of(vectors.names), seed=seed),
         similarity=geometry.similarity(vectors, seed),
         speakers=speakers.speakers(lm, vectors=vectors, layer=layer, seed=seed, progress=progress),
-        self_cosine=measured.get("self_cosine"),
+        self_cosine=vectors.measured.get("self_cosine"),
     )
