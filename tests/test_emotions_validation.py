@@ -416,7 +416,7 @@ def test_k_means_finds_planted_families():
     x = np.repeat(centres, 6, axis=0) + 0.2 * rng.standard_normal((24, 32))
     vectors = EmotionVectors.from_directions({f"e{i}": row[None] for i, row in enumerate(x)}, np.ones(1))
     got = geometry.clusters(vectors, 0, families, k=4)
-    assert got.rand == 1 and got.p < 0.001 and got.shuffled < 0.3
+    assert got.rand == 1 and got.p < 0.003 and got.shuffled < 0.3
     mixed = geometry.clusters(vectors, 0, families[::2] + families[1::2], k=4)
     assert abs(mixed.rand) < 0.3 and "adjusted Rand index to the 4 families" in got.summary()
     with pytest.raises(ValueError, match="k=99"):
@@ -518,9 +518,9 @@ def test_a_model_is_validated_in_one_call(lm, monkeypatch):
         ],
         "numbers.jsonl": [
             {"name": "a", "kind": "dose", "template": "one {n}", "values": values, "rises": ["sad"], "falls": ["calm"]},
-            {"name": "b", "kind": "control", "template": "a {n}", "values": values},
+            {"name": "b", "kind": "control", "of": "a", "template": "a {n}", "values": values},
         ],
-        "dialogues.jsonl": dialogues(9, words=3),
+        "dialogues.jsonl": [{k: v for k, v in d.items() if k != "speakers"} for d in dialogues(9, words=3)],
     }
     monkeypatch.setattr(corpus, "records", records.__getitem__)
     training = corpus.Corpus(
@@ -529,8 +529,8 @@ def test_a_model_is_validated_in_one_call(lm, monkeypatch):
     heldout = corpus.Corpus("asked", (*made(1, ("u", "v")), corpus.Story("unheard of", "u", "a cat")), ())
     vectors = extraction.extract(lm, training, skip=5, progress=False)
     monkeypatch.setattr(lens, "vocabulary", lambda: frozenset(WORDS))
-    got = validation.validate(lm, vectors, training, heldout, written=heldout, progress=False, skip=5)
-    assert got.layer == got.stories[0].layer and len(got.stories) == 2 and "not denoised" in got.stories[0].guesses
+    got = validation.validate(lm, vectors, training, heldout, progress=False, skip=5)
+    assert got.layer == got.stories[0].layer and len(got.stories) == 1 and "not denoised" in got.stories[0].guesses
     text = got.summary()
     for what in ("asked: 20 texts, 10 emotions", "implicit prompts, read at", "number templates", "logit lens", "PCA of the directions",
                  "k-means", "similarity of layers", "speakers at layer", "self-cosine", "random directions", "bag of words"):  # fmt: skip

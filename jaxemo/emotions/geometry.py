@@ -196,7 +196,7 @@ class Clusters:
 
 
 def clusters(
-    vectors: EmotionVectors, layer: int, families: Sequence[str], k: int = 10, seed: int = 0, draws: int = 1000
+    vectors: EmotionVectors, layer: int, families: Sequence[str], k: int = 10, seed: int = 0, draws: int = 500
 ) -> Clusters:
     """k-means (scikit-learn, 20 starts) of the directions after one layer; `families [E]` is what each is compared with.
 

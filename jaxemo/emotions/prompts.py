@@ -30,14 +30,16 @@ def before_answer(
 
 
 def read_rows(lm: LanguageModel, rows, selection: tokens.Selection, max_tokens: int, progress: bool) -> np.ndarray:
-    """The mean residual stream `[n, L, D]` over the `selection` of each row of token ids."""
+    """The mean residual stream `[n, L, D]` over the `selection` of each row of token ids, in batches of a single shape."""
     found = np.zeros((len(rows), lm.config.n_layers, lm.config.d_model))
+    length = tokens.bucket(max(map(len, rows)))
+    size = min(len(rows), max(1, max_tokens // length))
     wanted = Capture(mean={"resid_post": "all"}, tokens=selection)
-    for indices, batch in tqdm(
-        tokens.length_batches(rows, max_tokens), unit="batch", desc="prompts", disable=not progress
-    ):
+    for at in tqdm(range(0, len(rows), size), unit="batch", desc="prompts", disable=not progress):
+        part = list(rows[at : at + size])
+        batch = tokens.pad(part + part[:1] * (size - len(part)), length)
         mean = np.asarray(lm.forward(batch, capture=wanted, logits=None).captured.mean["resid_post"])
-        found[indices] = np.moveaxis(mean[:, : len(indices)], 0, 1)
+        found[at : at + size] = np.moveaxis(mean, 0, 1)[: len(part)]
     return found
 
 
@@ -195,7 +197,7 @@ def numbers(
     """Fill numbers into templates and follow the emotions named for them, at `layer` (by default `vectors.layer`).
 
     `records`, by default the shipped ones, are {"name", "kind": "dose" or "control", "template" with "{n}", "values", "rises",
-    "falls"}. A dose is compared with the controls of the same values, or with all where none have the same. `expected` times the
+    "falls"}. A dose is compared with the controls that name it in "of", or else with those of the same values, or else with all. `expected` times the
     slope being positive counts as right; it counts for something only beyond the control and beyond random directions.
 
     Raises ValueError for a template without "{n}", fewer than three values, or no dose or no control.
@@ -236,7 +238,8 @@ def numbers(
     curves: dict[str, tuple[np.ndarray, dict[str, np.ndarray]]] = {}
     for dose, emotion, sign in named:
         e = names.index(emotion)
-        same = [c for c in controls if list(c["values"]) == list(dose["values"])] or controls
+        same = [c for c in controls if c.get("of") == dose["name"]]
+        same = same or [c for c in controls if list(c["values"]) == list(dose["values"])] or controls
         beside = np.mean([slope(c, e) for c in same], axis=0)
         rows.append(
             (sign, sign * rho(dose, e), sign * np.mean([rho(c, e) for c in same]), sign * slope(dose, e), sign * beside)

@@ -16,6 +16,7 @@ from jaxemo.emotions.vectors import EmotionVectors
 from jaxemo.language_model import LanguageModel
 
 FOLDS = 3
+NAMED = ("A", "B")  # the speakers of dialogues that do not name them
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,8 +74,8 @@ def speakers(
     max_tokens: int = 2048,
     progress: bool = True,
 ) -> Speakers:
-    """Extract and compare both kinds of directions, from dialogues of {"speakers", "emotions": [first's, second's], "turns":
-    [{"speaker": 0 or 1, "text"}, ...]}, by default the shipped ones.
+    """Extract and compare both kinds of directions, from dialogues of {"emotions": [first's, second's], "turns": [{"speaker":
+    0 or 1, "text"}, ...]} and, if you like, "speakers": [first's name, second's]; by default the shipped ones.
 
     Counted are each speaker's turns once the other one has spoken. `layer` is what `summary` speaks of (default: four fifths of the way
     up); `vectors` are those of stories to compare with. Readings are told in thirds of the dialogues, learning from the other two.
@@ -168,7 +169,7 @@ def _encoded(lm: LanguageModel, dialogue: Mapping) -> tokens.Ids:
     """The dialogue as lines of "Name: words", its token ids knowing whose words they are (the names are nobody's)."""
     text, places = "", []
     for i, turn in enumerate(dialogue["turns"]):
-        text += ("\n" if i else "") + dialogue["speakers"][turn["speaker"]] + ":"
+        text += ("\n" if i else "") + dialogue.get("speakers", NAMED)[turn["speaker"]] + ":"
         start = len(text)
         text += " " + turn["text"].strip()
         if i:
