@@ -5,14 +5,14 @@ CONSTRAINTS ?= -c constraints.txt
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(CONSTRAINTS)
 
-.PHONY: demo test lint test-tpu parity fuzz bench-loading bench-kernels clean
+.PHONY: demo test lint test-tpu parity fuzz bench-loading bench-kernels bench-extraction emotions clean
 
 # The main job on a real model; writes report.html.
 demo: $(VENV)/.base
 	$(BIN)/jaxemo demo
 
 test: $(VENV)/.test
-	$(BIN)/python -m pytest tests --ignore=tests/parity --ignore=tests/tpu
+	$(BIN)/python -m pytest tests --ignore=tests/parity --ignore=tests/tpu -n 2 --dist loadfile
 
 # Style and types. mypy cannot follow the mapped packages, so it is shown the tree as it is installed.
 lint: $(VENV)/.lint
@@ -42,6 +42,14 @@ fuzz: $(VENV)/.test
 bench-loading:
 	$(MAKE) VENV=.venv-parity .venv-parity/.parity
 	.venv-parity/bin/python bench/loading.py --peer
+
+# Time a whole extraction, and compare one that is killed twenty times with it, byte for byte; run it on a quiet machine.
+bench-extraction: $(VENV)/.base
+	$(BIN)/python bench/extraction.py $(ARGS)
+
+# What the directions of the two real models are worth, each number beside its baselines (about 40 minutes on 2 cores).
+emotions: $(VENV)/.base
+	$(BIN)/python bench/emotions.py $(ARGS)
 
 # Check and time the kernels on the TPU or GPU at hand; with ARGS=--tune, choose by what was measured from then on.
 bench-kernels: $(VENV)/.base

@@ -29,7 +29,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run one command; a mistake of the user's is one line on stderr and exit status 2."""
     args = _parser().parse_args(argv)
     try:
-        _cache_compilations(not getattr(args, "no_compile_cache", False))
+        cache_compilations(not getattr(args, "no_compile_cache", False))
         return args.run(args) or 0
     except (ValueError, OSError, RuntimeError) as error:
         if os.environ.get("JAXEMO_DEBUG"):
@@ -181,7 +181,7 @@ def _positive(text: str) -> int:
     return int(text)
 
 
-def _cache_compilations(wanted: bool) -> None:
+def cache_compilations(wanted: bool = True) -> None:
     """Keep compiled programs between runs: on for the command line, the caller's choice for the library."""
     import jax
 
