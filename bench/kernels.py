@@ -1,10 +1,12 @@
-"""The kernels on the accelerator at hand: right, then how fast: `python bench/kernels.py [--quick] [--tune]`.
+"""The kernels on the accelerator at hand: right, then how fast: `python bench/kernels.py [--quick] [--tune] [--ops OP ...]`.
 
 Each op and shape is compared with its reference, then timed beside it, XLA compiling the reference, and beside PyTorch where
-that is installed (`x @ V.T`, eager and torch.compile). Times are medians of interleaved runs, each long enough that dispatch
-is hidden; the bandwidth is told as a share of what copying the activations reaches in the same run. Writes
-bench/results/kernels-DEVICE.json. `--tune` also tries every tile and writes kernels/tuned.json, from which `impl="auto"`
-chooses on this kind of device from then on.
+that is installed (`x @ V.T`, eager and torch.compile). Times are medians of interleaved runs, each of so many calls that what
+is waited for at its end is hidden; the bandwidth is told as a share of what copying the activations reaches in the same run.
+Writes bench/results/kernels-DEVICE.json. `--tune` also tries every tile and writes kernels/tuned.json, from which
+`impl="auto"` chooses on this kind of device from then on: `project`, `project_pool` and `steer_project` at all widths and
+numbers of directions, the rarer options and `top_tokens` at some. `--ops` and `--widths` do a part, beside which what else is
+in the files is kept.
 
 `--table` prints the roofline table of docs/kernels.md, for which no accelerator is needed.
 """
@@ -30,73 +32,81 @@ RUNS, SECONDS = 11, 0.02  # timed runs of each candidate, and how long one takes
 WIDTHS, COUNTS = (576, 2048, 4096, 8192), (24, 171, 342, 1024)
 WRONG = 1e-2  # the largest difference, of the largest value, that bfloat16 can explain
 M = 8  # steered directions
-TILES = {"tpu": (1024, 512, 256, 128), "cuda": (256, 128, 64)}
+ROWS = {False: (64, 1024), True: (4, 1024)}  # of tokens, in full and quickly
+TILES = {"tpu": (1024, 512, 256, 128), "cuda": (256, 128)}  # steering on a GPU has a tile of 64 and no other
+DEFAULTS = {"project_pool": {"how": "mean"}, "top_tokens": {"k": 8}}
+TIMED = (*choice.Work._fields, "tile", "speedup")  # what kernels/tuned.json keeps
 
 
 def shapes(quick: bool):
-    """What is timed: (op, options, dtype of the directions, tokens, D, E)."""
-    kinds = [("project", {}, "bfloat16"), ("project", {}, "float32"), ("project", {"cosine": True}, "bfloat16"),
-             ("project_pool", {"cosine": True}, "bfloat16"), ("steer_project", {}, "bfloat16")]  # fmt: skip
+    """What is timed: (op, options, dtypes of activations and directions, rows, tokens a row, D, E). E is 0 for no scores."""
+    b, f = "bfloat16", "float32"
+    cosine, centred, both = {"cosine": True}, {"centred": True}, {"cosine": True, "centred": True}
+    always = [(op, options, b, d) for op in ("project", "project_pool") for options in ({}, cosine) for d in (b, f)]
+    always += [("steer_project", {}, b, d) for d in (b, f)]
+    rare = [(op, options, x, f) for op in ("project", "project_pool", "top_tokens")
+            for options, x in (({}, f), (cosine, f), (centred, b), (both, b), (centred, f), (both, f))]  # fmt: skip
+    rare += [(op, options, b, b) for op in ("project", "project_pool", "top_tokens") for options in (centred, both)]
+    rare += [("top_tokens", options, b, d) for options in ({}, cosine) for d in (b, f)]
+    rare += [("project_pool", {"how": how}, b, f) for how in ("max", "last")] + [("steer_project", {}, f, f)]
     for D in WIDTHS[:1] if quick else WIDTHS:
+        for x in (b, f):
+            yield "steer_project", {}, x, f, *ROWS[quick], D, 0
         for E in (171,) if quick else COUNTS:
-            for op, options, dtype in kinds:
-                yield op, options, dtype, 4096 if quick else 65536, D, E
+            for kind in always + (rare if E in COUNTS[:2] and not quick else []):
+                yield *kind, *ROWS[quick], D, E
+            for kind in () if quick else (("project", {}, b, f), ("steer_project", {}, b, f)):  # a prompt or two
+                yield *kind, 4, 1024, D, E
 
 
-def operands(op: str, dtype: str, N: int, D: int, E: int):
-    """Rows of 1024 tokens, unit directions and, for steering, one addition and one ablation a row."""
+def operands(work: choice.Work):
+    """Rows of tokens, unit directions, a span of most of each row and, for steering, one addition and one ablation a row."""
     keys = jax.random.split(jax.random.key(0), 3)
-    x = jax.random.normal(keys[0], (N // 1024, 1024, D), jnp.bfloat16)
-    d = jax.random.normal(keys[1], (E, D))
-    d = (d / jnp.linalg.norm(d, axis=1, keepdims=True)).astype(dtype)
-    rows = len(x)
-    if op == "project":
-        return x, d
-    if op == "project_pool":
-        return x, d, jnp.tile(jnp.array([[50, 900]], jnp.int32), (rows, 1, 1))
-    bank = jax.random.normal(keys[2], (M, D))
-    bank = bank / jnp.linalg.norm(bank, axis=1, keepdims=True)
-    a, b = jnp.zeros((2, rows, M)).at[0, :, 0].set(5.0).at[1, :, 1].set(1.0)
-    spans = jnp.tile(jnp.array([0, 1024], jnp.int32), (rows, M, 1))
-    return x, bank, a, b, spans, jnp.zeros(rows, jnp.int32), jnp.zeros(rows, bool), d
+    x = jax.random.normal(keys[0], (work.rows, work.T, work.D), work.x)
+    d, bank = (v / jnp.linalg.norm(v, axis=1, keepdims=True)
+               for v in (jax.random.normal(key, (n, work.D)) for key, n in zip(keys[1:], (work.E, work.M), strict=True)))  # fmt: skip
+    d = d.astype(work.directions)
+    if work.op == "steer_project":
+        a, b = jnp.zeros((2, work.rows, M)).at[0, :, 0].set(5.0).at[1, :, 1].set(1.0)
+        spans = jnp.tile(jnp.array([0, work.T], jnp.int32), (work.rows, M, 1))
+        return x, bank, a, b, spans, jnp.zeros(work.rows, jnp.int32), jnp.zeros(work.rows, bool), d if work.E else None
+    centre = 0.1 * jnp.ones(work.D) if work.centred else None
+    spans = jnp.tile(jnp.array([[50, 900]], jnp.int32), (work.rows, 1, 1))
+    return (x, d, centre, None, None) if work.op == "project" else (x, d, spans, centre, None, None)
 
 
-def timed(candidates: dict, arguments: dict) -> dict[str, list[float]]:
-    """Seconds a call of each candidate, RUNS of them, interleaved."""
+def timed(candidates: dict, arguments: dict, wait: dict) -> dict[str, list[float]]:
+    """Seconds a call of each candidate, RUNS of them, interleaved; `wait[name]` waits for what its calls returned."""
     repeats = {}
-    for name, run in candidates.items():
-        jax.block_until_ready(run(*arguments[name]))
+
+    def seconds(name, calls):
         begin = time.perf_counter()
-        jax.block_until_ready(run(*arguments[name]))
-        repeats[name] = max(1, round(SECONDS / max(time.perf_counter() - begin, 1e-6)))
+        for _ in range(calls):
+            out = candidates[name](*arguments[name])
+        wait.get(name, jax.block_until_ready)(out)
+        return (time.perf_counter() - begin) / calls
+
+    for name in candidates:
+        seconds(name, 1)
+        repeats[name] = max(1, round(SECONDS / max(seconds(name, 1), 1e-6)))
     found: dict[str, list[float]] = {name: [] for name in candidates}
     for _ in range(RUNS):
-        for name, run in candidates.items():
-            begin = time.perf_counter()
-            for _ in range(repeats[name]):
-                out = run(*arguments[name])
-            jax.block_until_ready(out)
-            found[name].append((time.perf_counter() - begin) / repeats[name])
+        for name in candidates:
+            found[name].append(seconds(name, repeats[name]))
     return found
 
 
 def difference(got, want) -> float:
-    """The largest difference, as a share of the largest value."""
+    """The largest difference of what is no place, as a share of the largest value."""
     pairs = zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True)
-    f32 = [(jnp.asarray(a, jnp.float32), jnp.asarray(b, jnp.float32)) for a, b in pairs]
+    f32 = [(jnp.asarray(a, jnp.float32), jnp.asarray(b, jnp.float32)) for a, b in pairs if b.dtype != jnp.int32]
     return max(float(jnp.abs(a - b).max() / jnp.abs(b).max()) for a, b in f32)
 
 
-def with_tile(op: str, platform: str, tile: int, options: dict, arrays):
+def with_tile(work: choice.Work, platform: str, tile: int, options: dict):
     """The op's kernel with a tile of one's own, jitted."""
-    module = importlib.import_module(f"jaxemo.kernels.{op}.{'gpu' if platform == 'cuda' else 'tpu'}")
-    given = {"cosine": False, **({"how": "mean"} if op == "project_pool" else {}), **options}
-    if op == "steer_project":
-        return jax.jit(functools.partial(module.steer_project, tile=tile, interpret=False))
-    run = functools.partial(getattr(module, op), tile=tile, interpret=False, **given)
-    if op == "project":
-        return jax.jit(lambda x, d: run(x.reshape(-1, x.shape[-1]), d, None, None, None))
-    return jax.jit(lambda x, d, spans: run(x, d, spans, None, None, None))
+    module = importlib.import_module(f"jaxemo.kernels.{work.op}.{'gpu' if platform == 'cuda' else 'tpu'}")
+    return jax.jit(functools.partial(getattr(module, work.op), tile=tile, interpret=False, **options))
 
 
 def torch_candidates(x, d):
@@ -104,65 +114,56 @@ def torch_candidates(x, d):
     try:
         import torch
     except ImportError:
-        return {}, {}
+        return {}, {}, {}
     if not torch.cuda.is_available():
-        return {}, {}
+        return {}, {}, {}
     given = tuple(torch.from_dlpack(v.astype(jnp.bfloat16)) for v in (x, d))
-
-    def eager(x, d):
-        out = x @ d.T
-        torch.cuda.synchronize()
-        return out
-
-    compiled = torch.compile(lambda x, d: x @ d.T)
-
-    def fast(x, d):
-        out = compiled(x, d)
-        torch.cuda.synchronize()
-        return out
-
-    run = {"torch": eager, "torch.compile": fast}
-    return {name: lambda *v, f=f: (f(*v), None)[1] for name, f in run.items()}, dict.fromkeys(run, given)
+    run = {"torch": lambda x, d: x @ d.T, "torch.compile": torch.compile(lambda x, d: x @ d.T)}
+    return run, dict.fromkeys(run, given), dict.fromkeys(run, lambda _: torch.cuda.synchronize())
 
 
-def measure(op, options, dtype, N, D, E, tune: bool) -> dict:
-    arrays = operands(op, dtype, N, D, E)
+def measure(op, options, x_dtype, dtype, rows, T, D, E, tune: bool) -> dict:
+    options = dict(options)
+    flat = op == "project"
+    work = choice.Work(op, 1 if flat else rows, rows * T if flat else T, D, E, x_dtype, dtype, M if op == "steer_project" else 0,
+                       options.pop("centred", False), options.get("cosine", False))  # fmt: skip
+    if op != "steer_project":
+        options.setdefault("cosine", False)
+    arrays = operands(work)
+    if op in DEFAULTS:
+        options = DEFAULTS[op] | options
     x = arrays[0]
-    work = choice.Work(op, len(x) if op != "project" else 1, N // len(x) if op != "project" else N, D, E, "bfloat16", dtype,
-                       M if op == "steer_project" else 0, False, bool(options.get("cosine")))  # fmt: skip
     platform, kind = choice.here(), choice.device_kind(choice.here())
-    public = getattr(kernels, op)
-    run = {"reference": jax.jit(functools.partial(public, impl="reference", **options))}
+    run = {"reference": jax.jit(functools.partial(getattr(kernels, op), impl="reference", **options))}
+    label = f"{op} {x_dtype} {dtype} {'centred ' * work.centred}{'cosine ' * work.cosine}{options.get('how', '')} D={D} E={E}"
     try:
-        best = choice.choose(work, platform, kind, "kernel").tile
-        for tile in TILES[platform] if tune else (best,):
-            run[f"kernel {tile}"] = with_tile(op, platform, tile, options, arrays)
+        best = choice.tiles(work, platform, choice.device(kind))
+        for tile in [best] + [tile for tile in TILES[platform] if tile < best] * tune:
+            run[f"kernel {tile}"] = with_tile(work, platform, tile, options)
     except NotImplementedError as error:
-        print(f"{op} D={D} E={E}: {error}")
+        print(f"{label}: {error}")
     want = run["reference"](*arrays)
     errors = {}
     for name in [name for name in run if name != "reference"]:
         try:
-            got = run[name](*arrays)
-            got = got.reshape(want.shape) if op == "project" else got
-            errors[name] = difference(got, want)
+            errors[name] = difference(run[name](*arrays), want)
         except Exception as error:  # a tile that this chip cannot take: told, and left out
-            print(f"{op} D={D} E={E} {name}: {type(error).__name__}: {str(error)[:300]}")
+            print(f"{label} {name}: {type(error).__name__}: {str(error)[:300]}")
             del run[name]
     run["copy"] = jax.jit(lambda x: x + 1)
-    arguments = dict.fromkeys(run, arrays) | {"copy": (x,)}
-    if op == "project" and not options:
-        peers, given = torch_candidates(x.reshape(-1, D), arrays[1])
+    arguments, wait = dict.fromkeys(run, arrays) | {"copy": (x,)}, {}
+    if flat and dtype == x_dtype == "bfloat16" and not (work.centred or work.cosine):
+        peers, given, wait = torch_candidates(x.reshape(-1, D), arrays[1])
         run |= peers
         arguments |= given
-    seconds = timed(run, arguments)
+    seconds = timed(run, arguments, wait)
     median = {name: statistics.median(values) for name, values in seconds.items()}
     tried = [name for name in median if name.startswith("kernel") and errors[name] <= WRONG]  # NaN is not
     for name in errors.keys() - set(tried):
-        print(f"{op} D={D} E={E} {name} is WRONG: it differs by {errors[name]:.1e} and is not counted")
+        print(f"{label} {name} is WRONG: it differs by {errors[name]:.1e} and is not counted")
     bandwidth = 2 * x.nbytes / median["copy"]
     row = {
-        **{"op": op, **options, "directions": dtype, "tokens": N, "D": D, "E": E},
+        **work._asdict(), **options,
         "copy_gigabytes_per_second": bandwidth / 1e9,
         "microseconds": {name: [1e6 * q for q in np.quantile(values, (0.25, 0.5, 0.75))] for name, values in seconds.items()},
         "difference": errors,
@@ -170,13 +171,10 @@ def measure(op, options, dtype, N, D, E, tune: bool) -> dict:
     if tried:
         best_name = min(tried, key=lambda name: median[name])
         moved, _ = choice.cost(work, True)
-        row |= {"tile": int(best_name.split()[1]), "speedup": median["reference"] / median[best_name],
+        row |= {"tile": int(best_name.split()[1]), "speedup": round(median["reference"] / median[best_name], 3),
                 "share_of_copy": moved / median[best_name] / bandwidth}  # fmt: skip
-        row["tuned"] = {"op": op, "x": "bfloat16", "directions": dtype, "centred": False, "cosine": work.cosine, "D": D, "E": E,
-                        "tile": row["tile"], "speedup": round(row["speedup"], 3)}  # fmt: skip
-        print(f"{op:14s} {'cosine ' if work.cosine else '       '}{dtype:8s} D={D:5d} E={E:4d}  {1e6 * median[best_name]:8.0f} us  "
-              f"{row['speedup']:5.2f}x XLA  {row['share_of_copy']:5.0%} of copying  error {errors[best_name]:.1e}  "
-              f"tile {row['tile']}")  # fmt: skip
+        print(f"{label:60s}  {1e6 * median[best_name]:8.0f} us  {row['speedup']:5.2f}x XLA  {row['share_of_copy']:5.0%} of copying  "
+              f"error {errors[best_name]:.1e}  tile {row['tile']}")  # fmt: skip
     return row
 
 
@@ -204,11 +202,19 @@ def table() -> str:
     return "\n".join(lines)
 
 
+def merged(old: list[dict], new: list[dict], key: tuple[str, ...]) -> list[dict]:
+    """`old` rows and `new` ones, which take the place of those with the same key."""
+    found = {tuple(row.get(name) for name in key) for row in new}
+    return [row for row in old if tuple(row.get(name) for name in key) not in found] + new
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     for option, what in (("quick", "one small shape of each op"), ("tune", "try every tile; write kernels/tuned.json"),
                          ("table", "print the roofline table of docs/kernels.md")):  # fmt: skip
         parser.add_argument(f"--{option}", action="store_true", help=what)
+    parser.add_argument("--ops", nargs="+", default=kernels.ops.REFERENCES, help="only these")
+    parser.add_argument("--widths", nargs="+", type=int, default=WIDTHS, help="only these")
     args = parser.parse_args()
     if args.quick and args.tune:
         parser.error("--tune chooses for the whole grid; leave --quick out")
@@ -218,16 +224,20 @@ def main() -> None:
     platform, kind = choice.here(), choice.device_kind(choice.here())
     if platform == "cpu":
         raise SystemExit("there is no accelerator here; the kernels are for TPUs and NVIDIA GPUs")
-    rows = [measure(*shape, args.tune) for shape in shapes(args.quick)]
+    chosen = [shape for shape in shapes(args.quick) if shape[0] in args.ops and shape[-2] in args.widths]
+    rows = [measure(*shape, args.tune) for shape in chosen]
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"kernels-{re.sub(r'[^A-Za-z0-9]+', '-', kind)}.json"
     versions = {name: importlib.import_module(name).__version__ for name in ("jax", "jaxlib", "numpy")}
+    key = (*choice.Work._fields, "how")
+    known = json.loads(path.read_text())["rows"] if path.exists() else []
+    rows = merged(known, rows, key)
     path.write_text(json.dumps({"device": kind, "versions": versions, "rows": rows}, indent=1) + "\n")
     print(f"written to {path}")
     if args.tune:
-        known = dict(choice.tuned()) | {kind: [row["tuned"] for row in rows if "tuned" in row]}
-        choice.TUNED.write_text(json.dumps(known, indent=1) + "\n")
-        print(f"{len(known[kind])} choices for {kind} written to {choice.TUNED}")
+        timings = [{name: row[name] for name in TIMED} for row in rows if "tile" in row]
+        choice.TUNED.write_text(json.dumps(choice.tuned() | {kind: timings}, indent=1) + "\n")
+        print(f"{len(timings)} choices for {kind} written to {choice.TUNED}")
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ where it was measured to win.
 import functools
 import json
 import logging
+import math
 import pathlib
 from typing import NamedTuple
 
@@ -53,6 +54,21 @@ KINDS = {"TPU v4": "v4", "TPU v5 lite": "v5e", "TPU v5e": "v5e", "TPU v5": "v5p"
 GPUS = {"NVIDIA H100": Device(3.35e12, 989e12, 227 << 10), "NVIDIA H200": Device(4.8e12, 989e12, 227 << 10)}
 
 
+told: set[str] = set()
+
+
+def up(n: int, multiple: int) -> int:
+    return -(-n // multiple) * multiple
+
+
+def tell(work: Work, platform: str, implementation: str, why: str) -> None:
+    """Logs once, at the level INFO, what runs for `work` on a platform."""
+    line = f"{work} on {platform}: {implementation}, {why}"
+    if log.isEnabledFor(logging.INFO) and line not in told:
+        told.add(line)
+        log.info(line)
+
+
 def here() -> str:
     """The platform of this process's devices: "cpu", "tpu" or "cuda"."""
     return {"gpu": "cuda"}.get(jax.default_backend(), jax.default_backend())
@@ -96,7 +112,9 @@ def passes(work: Work) -> tuple[int, int]:
 def cost(work: Work, kernel: bool) -> tuple[int, int]:
     """Bytes to and from memory, and bfloat16 FLOPs. The kernels read the activations once.
 
-    Matrix units work on whole blocks of 128 columns, whatever the number of directions.
+    What XLA moves is what its compiler for TPUs says (`make test-tpu` compares the two): within a quarter where D is a
+    multiple of 128, and no more than it says where it is not, as XLA then makes copies. Matrix units work on whole blocks of
+    128 columns, whatever the number of directions.
     """
     N, D, E, M = work.rows * work.T, work.D, work.E, work.M
     x = N * D * jnp.dtype(work.x).itemsize
@@ -104,21 +122,23 @@ def cost(work: Work, kernel: bool) -> tuple[int, int]:
     constants = E * D * jnp.dtype(work.directions).itemsize + 2 * M * D * 4
     if kernel and work.x == "bfloat16":  # the parts of what is float32 are written, and read again
         constants += 2 * (E * D * 4 * (work.directions == "float32") + M * D * 4)
-    flops = 2 * N * D * _whole(E) * count
-    scores = N * E * 4 if work.op in ("project", "steer_project") else 0
+    flops = 2 * N * D * up(E, 128) * count
+    scores = N * E * 4
     if work.op == "steer_project":
         exact = work.x == "float32" or not kernel
-        flops += 2 * N * D * _whole(M) * (6 + 6 if exact else 2 + 3)  # the projections, and the update
-        # XLA: one pass for the projections, one for the update, one for the length, one for the scores
-        return constants + scores + (2 if kernel else 5) * x, flops
+        flops += 2 * N * D * up(M, 128) * (6 + 6 if exact else 2 + 3)  # the projections, and the update
     if kernel:
-        return constants + scores + x, flops
-    again = x * work.cosine + 2 * 4 * N * D * work.centred
-    return constants + x + again + N * E * 4 * (1 if work.op == "project" else 3), flops
-
-
-def _whole(n: int) -> int:
-    return -(-n // 128) * 128
+        steered, scored = work.op == "steer_project", work.op in ("project", "steer_project")
+        return constants + (1 + steered) * x + scored * scores, flops
+    float32 = 2 * N * D * 4  # activations that are written as float32, and read
+    if work.op == "steer_project":  # projections, update, length, rescaling, scores
+        return constants + (4 + (E > 0)) * x + float32 + scores, flops
+    moved = constants + (1 + work.cosine) * x  # once for the products, once for the length
+    if work.op == "project":
+        moved += (1 + 2 * work.cosine * (E % 8 > 0)) * scores
+    if work.op == "top_tokens":  # they are transposed and sorted
+        moved += (8 if E % 8 else 4) * scores
+    return moved, flops
 
 
 def seconds(work: Work, figures: Device, kernel: bool) -> float:
@@ -132,10 +152,28 @@ def tuned() -> dict:
     return json.loads(TUNED.read_text()) if TUNED.exists() else {}
 
 
-def near(entry: dict, work: Work) -> bool:
-    """Whether a measurement speaks for `work`: the same op and types, and D and E within a factor of 1.5."""
-    same = all(entry[name] == getattr(work, name) for name in ("op", "x", "directions", "centred", "cosine"))
-    return same and all(2 / 3 <= entry[name] / max(getattr(work, name), 1) <= 1.5 for name in ("D", "E"))
+def distance(entry: dict, work: Work) -> float:
+    """How far what was measured lies from `work`, on a logarithmic scale; inf where it does not speak for it.
+
+    It does where what the kernel is compiled for is the same, D and E are within a factor of 1.5, and there are not many
+    fewer tokens, which would leave parts of the chip idle. Steered directions are multiplied 64 at a time.
+    """
+    same = ("op", "x", "directions", "centred", "cosine")
+    timed = work._replace(**{name: entry[name] for name in Work._fields})
+    if any(getattr(timed, name) != getattr(work, name) for name in same) or bool(timed.E) != bool(work.E):
+        return math.inf
+    tokens, D, E, M = (
+        math.log(mine / its)
+        for mine, its in (
+            (work.rows * work.T, timed.rows * timed.T),
+            (work.D, timed.D),
+            (max(work.E, 1), max(timed.E, 1)),
+            (max(work.M, 1), max(timed.M, 1)),
+        )
+    )
+    if max(abs(D), abs(E)) > math.log(1.5) or tokens < -math.log(4) or up(work.M, 64) != up(timed.M, 64):
+        return math.inf
+    return abs(tokens) + abs(D) + abs(E) + abs(M)
 
 
 @functools.cache
@@ -149,8 +187,9 @@ def choose(work: Work, platform: str, kind: str, impl: str = "auto") -> Choice:
     if impl == "reference" or platform not in ("tpu", "cuda"):
         return Choice(False, 0, "asked for" if impl == "reference" else f"there is no kernel for {platform}")
     figures = device(kind)
-    timed = next((entry for entry in tuned().get(kind, ()) if near(entry, work)), None)
-    if impl == "auto" and timed is None and (platform == "cuda" or figures is None):
+    ranked = [(distance(entry, work), entry["speedup"], entry["tile"]) for entry in tuned().get(kind, ())]
+    _, speedup, timed = min((found for found in ranked if found[0] < math.inf), default=(0, 0, 0))
+    if impl == "auto" and not timed and (platform == "cuda" or figures is None):
         return Choice(False, 0, f"the kernel was not timed on {kind}")
     try:
         tile = tiles(work, platform, figures)
@@ -162,9 +201,11 @@ def choose(work: Work, platform: str, kind: str, impl: str = "auto") -> Choice:
         return Choice(True, tile, "asked for")
     if work.op != "project" and work.T < FEW:
         return Choice(False, 0, f"rows of {work.T} tokens are too short for the kernel")
+    if platform == "cuda" and work.op != "project" and work.T % 8:
+        return Choice(False, 0, f"rows of {work.T} tokens would be copied first, to make them a multiple of 8")
     if timed:
-        tile = min(tile, timed["tile"])  # of the shape that was timed, which may be the smaller
-        return Choice(timed["speedup"] > 1, tile, f"measured on {kind}: {timed['speedup']:.2f}x the reference")
+        # The tile is of the shape that was timed, which may be the smaller.
+        return Choice(speedup > 1, min(tile, timed), f"measured on {kind}: {speedup:.2f}x the reference")
     assert figures is not None
     gain = seconds(work, figures, False) / seconds(work, figures, True)
     return Choice(gain >= GAIN, tile, f"{gain:.2f}x the reference by the roofline of {kind}")
@@ -174,13 +215,7 @@ def tiles(work: Work, platform: str, figures: Device | None) -> int:
     """Tokens a program takes at a time: the largest power of two whose operands fit. Raises NotImplementedError for none."""
     if work.x not in ("float32", "bfloat16"):
         raise NotImplementedError(f"activations are {work.x}, not float32 or bfloat16")
-    if not (
-        work.rows
-        and work.T
-        and work.D
-        and work.E + (work.op == "steer_project")
-        and (work.M or work.op != "steer_project")
-    ):
+    if 0 in (work.rows, work.T, work.D, work.M if work.op == "steer_project" else work.E):
         raise NotImplementedError("there is nothing to multiply")
     if work.rows > ROWS and work.op != "project":
         raise NotImplementedError(f"what is to be known of {work.rows} rows does not fit a chip's scalar memory")
@@ -191,16 +226,16 @@ def tiles(work: Work, platform: str, figures: Device | None) -> int:
             raise NotImplementedError("this JAX has no Mosaic GPU") from error
         return hopper.tile(work)
     room = int(0.7 * (figures.on_chip if figures else 64 << 20))
-    lanes = _whole(work.E)
+    lanes = up(work.E, 128)
     parts = 1 + (work.directions == "float32") if work.x == "bfloat16" else 2  # float32 counts double
-    constants = 2 * work.D * (parts * -(-work.E // 16) * 16 + 2 * -(-work.M // 16) * 16)
+    constants = 2 * work.D * (parts * up(work.E, 16) + 2 * up(work.M, 16))
     wide = 3 if work.op == "steer_project" else 1 + work.cosine + 4 * work.centred  # float32 copies of a tile
     moved = jnp.dtype(work.x).itemsize * 2 * (2 if work.op == "steer_project" else 1)  # read (and written), two buffers
     for tile in (1024, 512, 256, 128, 64, 32, 16):
         if work.op == "top_tokens" and tile * lanes > 1 << 17:
             continue  # the scores of a tile are gone through k times
         if constants + tile * (work.D * (moved + 4 * wide) + lanes * 4 * 4) <= room:
-            return tile
+            return min(tile, up(work.T, 16))
     raise NotImplementedError(
         f"{work.E} directions of width {work.D} do not fit the chip's memory beside a tile of activations"
     )

@@ -17,6 +17,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxemo.kernels import choice
+from jaxemo.kernels.choice import up
+from jaxemo.kernels.project.reference import inverse
 from jaxemo.kernels.split import split
 
 K = 64  # of the D numbers a step: one swizzled line of 128 bytes of bfloat16
@@ -29,10 +31,6 @@ TILED = (plgpu.TilingTransform((8, K)), plgpu.SwizzleTransform(128))
 TILED_FLOAT32 = (plgpu.TilingTransform((8, 32)), plgpu.SwizzleTransform(128))
 PARAMS = plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup)
 UNIT = {"project": 64, "project_pool": 128, "top_tokens": 128}  # columns that leave the registers at a time
-
-
-def up(n: int, multiple: int) -> int:
-    return -(-n // multiple) * multiple
 
 
 def columns(E: int, unit: int, widest: int = 256) -> int:
@@ -49,6 +47,7 @@ def parts(x: str, directions: str, centred: bool) -> tuple[int, int]:
 
 
 def pad(x: jax.Array, axis: int, size: int) -> jax.Array:
+    """`x` with zeros at the end of an axis, or as it is."""
     return jnp.pad(x, [(0, size - n if i == axis % x.ndim else 0) for i, n in enumerate(x.shape)])
 
 
@@ -74,8 +73,6 @@ def tile(work: choice.Work) -> int:
     for name, dtype in (("activations", work.x), ("directions", work.directions)):
         if dtype not in ("bfloat16", "float32"):
             raise NotImplementedError(f"the GPU kernels take bfloat16 and float32, not {dtype} {name}")
-    if 0 in (work.rows, work.T, work.D) or (work.op != "steer_project") > work.E:
-        raise NotImplementedError("the GPU kernels take nothing empty")
     if max((work.rows * work.T // 128,) if work.op == "project" else (work.rows, work.T // PIECE)) > 65534:
         raise NotImplementedError(f"{work.rows} rows of {work.T} tokens are more programs than a GPU starts at once")
     if work.D % K:
@@ -108,11 +105,6 @@ def steer_shared(work: choice.Work) -> int:
     return 2 * PIECE * work.D + 4 * PIECE * M + 16 * M + 2 * K * 2 * passing + 4 * PIECE * 64 * bool(work.E) + 4096
 
 
-def whole(T: int) -> int:
-    """T to the next multiple of 8, which is what the copy engine's view of a swizzled array needs."""
-    return up(T, 8)
-
-
 def sweep(x, directions, centre, offset, scale, finish, out_types, *, op, cosine, tile, interpret, scalars=()):
     """Scores of `x [B, T, D]` tile by tile, each piece `[64, unit]` of them handed to `finish`, and what that wrote.
 
@@ -129,8 +121,7 @@ def sweep(x, directions, centre, offset, scale, finish, out_types, *, op, cosine
     affine = jnp.stack([jnp.zeros(E) if offset is None else offset, jnp.ones(E) if scale is None else scale])
     affine = pad(affine.astype(jnp.float32), 1, width)
     centres = [] if centre is None else [centre.astype(jnp.float32)]
-    if whole(T) != T:
-        x = pad(x, 1, whole(T))
+    x = pad(x, 1, up(T, 8))  # what the copy engine's view of a swizzled array needs
 
     def kernel(x_ref, bank_refs, centre_refs, affine_ref, scalar_refs, *refs):
         *out_refs, stage, affines, ready, split_refs = refs
@@ -167,9 +158,7 @@ def sweep(x, directions, centre, offset, scale, finish, out_types, *, op, cosine
                 _, square = pipeline((total, jnp.zeros((rows,), jnp.float32)))
                 scores = total[...]
                 if cosine:
-                    some = square > 0
-                    length = jnp.where(some, lax.rsqrt(jnp.where(some, square, 1.0)), 0.0)
-                    scores = scores * lax.broadcast_in_dim(length, scores.shape, (0,))
+                    scores = scores * lax.broadcast_in_dim(inverse(square), scores.shape, (0,))
                 plgpu.barrier_wait(ready.at[worker])
                 for down in range(0, rows, PIECE):
                     for right in range(0, C, unit):
@@ -200,7 +189,7 @@ def sweep(x, directions, centre, offset, scale, finish, out_types, *, op, cosine
 
     return plgpu.kernel(
         kernel,
-        out_type=out_types(whole(T), width),
+        out_type=out_types(up(T, 8), width),
         grid=(B, pl.cdiv(T, tile), width // C),
         grid_names=("row", "tile", "block"),
         num_threads=WORKERS + 1,

@@ -7,10 +7,10 @@ import functools
 import math
 from collections.abc import Callable
 from importlib import import_module
-from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.extend.core import Primitive, jaxpr_as_fun
 from jax.interpreters import batching, mlir
 from jaxemo.kernels import choice
@@ -21,11 +21,17 @@ from jaxemo.kernels.steer_project.reference import steer_project as steer_projec
 from jaxemo.kernels.top_tokens.reference import top_tokens as top_tokens_reference
 
 PLATFORMS = ("tpu", "cuda")
+REFERENCES = {
+    "project": project_reference,
+    "project_pool": project_pool_reference,
+    "top_tokens": top_tokens_reference,
+    "steer_project": steer_project_reference,
+}
 CHOSEN = """
     `impl` is "auto" (see `kernels.choose`), "reference", or "kernel": the kernel on every platform that has one for these
     shapes, the reference on others. `interpret` runs the TPU kernel in Pallas' interpreter. Kernels keep 16 bits of float32
-    directions beside bfloat16 activations. Raises ValueError where shapes do not fit, and NotImplementedError for "kernel"
-    where no platform has one.
+    directions beside bfloat16 activations. Raises ValueError where shapes or types do not fit, and NotImplementedError for
+    "kernel" where no platform has one.
     """
 
 
@@ -56,35 +62,37 @@ for _platform in (None, *PLATFORMS):
     mlir.register_lowering(op_p, functools.partial(_lower, _platform), platform=_platform)
 
 
-def _dispatch(work: choice.Work, impl: str, interpret: Any, reference: Callable, kernel: Callable, *arrays):
-    """`reference(*arrays)`, by `kernel(platform, *arrays, tile=, interpret=)` on the platforms where that is chosen.
+def _kernel(platform: str, *arrays, work: choice.Work, tile: int, interpret, **options):
+    """The op by its kernel for `platform`."""
+    module = import_module(f"jaxemo.kernels.{work.op}.{'gpu' if platform == 'cuda' else 'tpu'}")
+    run = functools.partial(getattr(module, work.op), tile=tile, interpret=interpret, **options)
+    with jax.enable_x64(False):  # whose indices the kernels count with
+        return jax.custom_batching.sequential_vmap(run)(*arrays)  # under vmap, one call after another
 
-    `interpret` runs the TPU kernel with Pallas' interpreter on whatever platform there is.
-    """
-    kernels, unable = {}, None
-    for platform in PLATFORMS:
+
+@functools.partial(jax.jit, static_argnames=("work", "impl", "interpret", "cosine", "how", "k"))
+def _run(*arrays, work: choice.Work, impl: str, interpret, **options):
+    """The op of `work`, by its kernel on the platforms where that is chosen, differentiated as its reference."""
+    reference = functools.partial(REFERENCES[work.op], **options)
+    kernel = functools.partial(_kernel, work=work, **options)
+    here, kernels, unable = choice.here(), {}, None
+    for platform in dict.fromkeys((*PLATFORMS, here)):
         try:
             chosen = choice.choose(work, platform, choice.device_kind(platform), impl)
         except NotImplementedError as error:
             unable = error
             continue
-        if platform == choice.here() and impl == "auto" and choice.spread():
+        if platform == here and impl == "auto" and choice.spread():
             chosen = choice.Choice(False, 0, "a kernel runs on several devices only inside shard_map")
-        if platform == choice.here():
-            choice.log.info("%s: %s, %s", work, "kernel" if chosen.kernel else "reference", chosen.why)
+        if platform == here and interpret is False:
+            choice.tell(work, platform, "kernel" if chosen.kernel else "reference", chosen.why)
         if chosen.kernel:
             kernels[platform] = functools.partial(kernel, platform, tile=chosen.tile, interpret=False)
     if interpret is not False:
+        choice.tell(work, here, "the TPU kernel in Pallas' interpreter", "asked for")
         run = functools.partial(kernel, "tpu", tile=choice.tiles(work, "tpu", None), interpret=interpret)
     elif kernels:
-
-        def run(*arrays):
-            flat, tree = jax.tree.flatten(arrays)
-            traced = [jax.make_jaxpr(lambda *v, f=f: f(*tree.unflatten(v)), return_shape=True)(*flat)
-                      for f in (reference, *kernels.values())]  # fmt: skip
-            out = op_p.bind(*flat, platforms=tuple(kernels), branches=tuple(branch for branch, _ in traced))
-            return jax.tree.unflatten(jax.tree.structure(traced[0][1]), out)
-
+        run = functools.partial(_for_each_platform, reference, kernels)
     elif unable:
         raise unable
     else:
@@ -99,18 +107,22 @@ def _dispatch(work: choice.Work, impl: str, interpret: Any, reference: Callable,
     return differentiable(*arrays)
 
 
-def _kernel(op: str, platform: str, *arrays, tile: int, interpret, **options):
-    """The op's kernel for `platform`."""
-    module = import_module(f"jaxemo.kernels.{op}.{'gpu' if platform == 'cuda' else 'tpu'}")
-    run = functools.partial(getattr(module, op), tile=tile, interpret=interpret, **options)
-    return jax.custom_batching.sequential_vmap(run)(*arrays)  # under vmap, one call after another
+def _for_each_platform(reference: Callable, kernels: dict[str, Callable], *arrays):
+    flat, tree = jax.tree.flatten(arrays)
+    traced = [
+        jax.make_jaxpr(lambda *flat, run=run: run(*tree.unflatten(flat)), return_shape=True)(*flat)
+        for run in (reference, *kernels.values())
+    ]
+    out = op_p.bind(*flat, platforms=tuple(kernels), branches=tuple(branch for branch, _ in traced))
+    return jax.tree.unflatten(jax.tree.structure(traced[0][1]), out)
 
 
 def _work(op: str, x, directions, centre=None, cosine=False, bank=None) -> choice.Work:
+    rows, T = (1, math.prod(x.shape[:-1])) if op == "project" else x.shape[:-1]
     return choice.Work(
         op=op,
-        rows=math.prod(x.shape[:-2]),
-        T=x.shape[-2],
+        rows=rows,
+        T=T,
         D=x.shape[-1],
         E=0 if directions is None else directions.shape[0],
         x=str(x.dtype),
@@ -121,20 +133,44 @@ def _work(op: str, x, directions, centre=None, cosine=False, bank=None) -> choic
     )
 
 
-def _check(op: str, x, directions, centre, offset, scale) -> None:
-    if directions.ndim != 2 or x.ndim < 1 or x.shape[-1] != directions.shape[-1]:
-        raise ValueError(f"{op} needs x [..., D] and directions [E, D], got {x.shape} and {directions.shape}")
-    E, D = directions.shape
-    if not E:
+def _fit(op: str, **given) -> None:
+    """Raises ValueError for the first array whose axes are not those of its letters, which are the same size everywhere."""
+    sizes: dict[str, int] = {"2": 2}
+    for name, (array, letters) in given.items():
+        if array is None:
+            continue
+        axes = letters.split()
+        shape = array.shape[-1:] if axes[0] == "..." else array.shape
+        known = [letter for letter in axes if letter != "..."]
+        want = ", ".join(str(sizes.get(letter, letter)) for letter in axes)
+        if len(shape) != len(known) or any(
+            sizes.setdefault(letter, n) != n for letter, n in zip(known, shape, strict=True)
+        ):
+            raise ValueError(f"{op} needs {name} [{want}], got {list(array.shape)}")
+    if sizes.get("E") == 0:
         raise ValueError(f"{op} needs at least one direction")
-    for name, array, shape in (("centre", centre, (D,)), ("offset", offset, (E,)), ("scale", scale, (E,))):
-        if array is not None and array.shape != shape:
-            raise ValueError(f"{op} needs {name} {list(shape)}, got {list(array.shape)}")
 
 
-def _check_spans(op: str, x, spans) -> None:
-    if x.ndim != 3 or spans.ndim != 3 or spans.shape[::2] != (x.shape[0], 2):
-        raise ValueError(f"{op} needs x [B, T, D] and spans [B, P, 2], got {x.shape} and {spans.shape}")
+def _arrays(x, *given):
+    """As arrays, float64 but for x as float32."""
+    given = (None if array is None else jnp.asarray(array) for array in given)
+    narrow = (
+        array.astype(jnp.float32) if array is not None and array.dtype == jnp.float64 else array for array in given
+    )
+    return jnp.asarray(x), *narrow
+
+
+def _positions(op: str, **given) -> list[jax.Array]:
+    """As int32, to which larger integers are clipped: no token lies there."""
+    found = []
+    for name, array in given.items():
+        array = array if isinstance(array, jax.Array) else np.asarray(array)
+        if array.dtype.kind not in "iu":
+            raise ValueError(f"{op} needs integers for {name}, got {array.dtype}")
+        if not np.can_cast(array.dtype, np.int32):
+            array = array.clip(-(2**31) if array.dtype.kind == "i" else 0, 2**31 - 1)
+        found.append(jnp.asarray(array, jnp.int32))
+    return found
 
 
 def _documented(reference: Callable) -> Callable[[Callable], Callable]:
@@ -147,109 +183,49 @@ def _documented(reference: Callable) -> Callable[[Callable], Callable]:
     return document
 
 
-def _arrays(*given):
-    return tuple(None if array is None else jnp.asarray(array) for array in given)
-
-
-@functools.partial(jax.jit, static_argnames=("cosine", "impl", "interpret"))
-def _project(x, directions, centre, offset, scale, cosine, impl, interpret):
-    flat = x.reshape(-1, x.shape[-1])
-    scores = _dispatch(
-        _work("project", flat, directions, centre, cosine),
-        impl,
-        interpret,
-        functools.partial(project_reference, cosine=cosine),
-        functools.partial(_kernel, "project", cosine=cosine),
-        *(flat, directions, centre, offset, scale),
-    )
-    return scores.reshape(*x.shape[:-1], directions.shape[0])
-
-
 @_documented(project_reference)
 def project(x, directions, centre=None, offset=None, scale=None, *, cosine=False, impl="auto", interpret=False):
+    x, directions, centre, offset, scale = arrays = _arrays(x, directions, centre, offset, scale)
+    _fit("project", x=(x, "... D"), directions=(directions, "E D"), centre=(centre, "D"), offset=(offset, "E"), scale=(scale, "E"))  # fmt: skip
+    work = _work("project", x, directions, centre, cosine)
+    return _run(*arrays, work=work, impl=impl, interpret=interpret, cosine=cosine)
+
+
+def _reduce(op, x, directions, spans, centre, offset, scale, cosine, impl, interpret, **option):
+    """`project_pool` or `top_tokens`."""
+    (spans,) = _positions(op, spans=spans)
     x, directions, centre, offset, scale = _arrays(x, directions, centre, offset, scale)
-    _check("project", x, directions, centre, offset, scale)
-    return _project(x, directions, centre, offset, scale, cosine, impl, interpret)
-
-
-@functools.partial(jax.jit, static_argnames=("cosine", "how", "impl", "interpret"))
-def _project_pool(x, directions, spans, centre, offset, scale, cosine, how, impl, interpret):
-    return _dispatch(
-        _work("project_pool", x, directions, centre, cosine),
-        impl,
-        interpret,
-        functools.partial(project_pool_reference, cosine=cosine, how=how),
-        functools.partial(_kernel, "project_pool", cosine=cosine, how=how),
-        *(x, directions, spans, centre, offset, scale),
-    )
+    _fit(op, x=(x, "B T D"), directions=(directions, "E D"), spans=(spans, "B P 2"), centre=(centre, "D"),
+         offset=(offset, "E"), scale=(scale, "E"))  # fmt: skip
+    work = _work(op, x, directions, centre, cosine)
+    arrays = x, directions, spans, centre, offset, scale
+    return _run(*arrays, work=work, impl=impl, interpret=interpret, cosine=cosine, **option)
 
 
 @_documented(project_pool_reference)
-def project_pool(
-    x,
-    directions,
-    spans,
-    centre=None,
-    offset=None,
-    scale=None,
-    *,
-    cosine=False,
-    how="mean",
-    impl="auto",
-    interpret=False,
-):
-    x, directions, spans, centre, offset, scale = _arrays(x, directions, spans, centre, offset, scale)
-    _check("project_pool", x, directions, centre, offset, scale)
-    _check_spans("project_pool", x, spans)
+def project_pool(x, directions, spans, centre=None, offset=None, scale=None, *, cosine=False, how="mean", impl="auto",
+                 interpret=False):  # fmt: skip
     if how not in HOW:
         raise ValueError(f"how={how!r}; expected one of {', '.join(HOW)}")
-    return _project_pool(x, directions, spans, centre, offset, scale, cosine, how, impl, interpret)
-
-
-@functools.partial(jax.jit, static_argnames=("cosine", "k", "impl", "interpret"))
-def _top_tokens(x, directions, spans, centre, offset, scale, cosine, k, impl, interpret):
-    return _dispatch(
-        _work("top_tokens", x, directions, centre, cosine),
-        impl,
-        interpret,
-        functools.partial(top_tokens_reference, cosine=cosine, k=k),
-        functools.partial(_kernel, "top_tokens", cosine=cosine, k=k),
-        *(x, directions, spans, centre, offset, scale),
-    )
+    return _reduce("project_pool", x, directions, spans, centre, offset, scale, cosine, impl, interpret, how=how)
 
 
 @_documented(top_tokens_reference)
-def top_tokens(
-    x, directions, spans, centre=None, offset=None, scale=None, *, cosine=False, k=8, impl="auto", interpret=False
-):
-    x, directions, spans, centre, offset, scale = _arrays(x, directions, spans, centre, offset, scale)
-    _check("top_tokens", x, directions, centre, offset, scale)
-    _check_spans("top_tokens", x, spans)
-    if k < 1:
-        raise ValueError(f"k={k}; it must be at least 1")
-    return _top_tokens(x, directions, spans, centre, offset, scale, cosine, k, impl, interpret)
-
-
-@functools.partial(jax.jit, static_argnames=("impl", "interpret"))
-def _steer_project(x, bank, a, b, spans, start, keep_norm, directions, impl, interpret):
-    return _dispatch(
-        _work("steer_project", x, directions, bank=bank),
-        impl,
-        interpret,
-        steer_project_reference,
-        functools.partial(_kernel, "steer_project"),
-        *(x, bank, a, b, spans, start, keep_norm, directions),
-    )
+def top_tokens(x, directions, spans, centre=None, offset=None, scale=None, *, cosine=False, k=8, impl="auto",
+               interpret=False):  # fmt: skip
+    if isinstance(k, bool) or not isinstance(k, int | np.integer) or k < 1:
+        raise ValueError(f"k={k!r}; it must be a whole number of at least 1")
+    return _reduce("top_tokens", x, directions, spans, centre, offset, scale, cosine, impl, interpret, k=int(k))
 
 
 @_documented(steer_project_reference)
 def steer_project(x, bank, a, b, spans, start, keep_norm, directions=None, *, impl="auto", interpret=False):
-    x, bank, a, b, spans, start, keep_norm, directions = _arrays(x, bank, a, b, spans, start, keep_norm, directions)
-    B, M, D = x.shape[0], bank.shape[0], bank.shape[-1]
-    for name, array, shape in (("a", a, (B, M)), ("b", b, (B, M)), ("spans", spans, (B, M, 2)), ("start", start, (B,)),
-                               ("keep_norm", keep_norm, (B,)), ("x", x, (B, x.shape[1], D))):  # fmt: skip
-        if array.shape != shape:
-            raise ValueError(f"steer_project needs {name} {list(shape)}, got {list(array.shape)}")
-    if directions is not None:
-        _check("steer_project", x, directions, None, None, None)
-    return _steer_project(x, bank, a, b, spans, start, keep_norm, directions, impl, interpret)
+    op = "steer_project"
+    spans, start = _positions(op, spans=spans, start=start)
+    x, bank, a, b, keep_norm, directions = _arrays(x, bank, a, b, keep_norm, directions)
+    _fit(op, x=(x, "B T D"), bank=(bank, "M D"), a=(a, "B M"), b=(b, "B M"), spans=(spans, "B M 2"), start=(start, "B"),
+         keep_norm=(keep_norm, "B"), directions=(directions, "E D"))  # fmt: skip
+    if keep_norm.dtype != bool:
+        raise ValueError(f"{op} needs bool for keep_norm, got {keep_norm.dtype}")
+    arrays = x, bank, a, b, spans, start, keep_norm, directions
+    return _run(*arrays, work=_work(op, x, directions, bank=bank), impl=impl, interpret=interpret)

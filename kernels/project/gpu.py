@@ -23,9 +23,11 @@ def out_type(B, T, E, width, tile, interpret) -> jax.ShapeDtypeStruct:
 
 
 def project(x, directions, centre, offset, scale, *, cosine, tile, interpret):
-    N, E = x.shape[0], directions.shape[0]
+    E, D = directions.shape
+    shape = x.shape[:-1]
+    x = x.reshape(1, -1, D)
     (scores,) = hopper.sweep(
-        *(x[None], directions, centre, offset, scale),
+        *(x, directions, centre, offset, scale),
         lambda scores, refs, stage, place: write(scores, refs[0], stage, place),
         lambda T, width: [out_type(1, T, E, width, tile, interpret)],
         op="project",
@@ -33,4 +35,4 @@ def project(x, directions, centre, offset, scale, *, cosine, tile, interpret):
         tile=tile,
         interpret=interpret,
     )
-    return scores[0, :N, :E]
+    return scores[0, : x.shape[1], :E].reshape(*shape, E)

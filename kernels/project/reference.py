@@ -18,19 +18,26 @@ def project(
     directions a score has the unit of the activations, or is a cosine; `offset [E]` and `scale [E]` make it a z-score.
     Operands may be float32 or bfloat16; products are accumulated in float32 and float32 operands are not rounded to TF32
     or bfloat16.
+
+    Lengths are float32 sums of squares: cosines are right for lengths from 1e-15 to 1e18. Shorter activations may count as
+    zero, and what is too long for its square scores NaN. So may infinity, which float32 operands cannot be split into
+    parts with: an activation with a number that is not finite has some score that is not finite.
     """
     y = x if centre is None else x.astype(jnp.float32) - centre.astype(jnp.float32)
-    dtype = jnp.promote_types(y.dtype, directions.dtype)
+    narrow = y.dtype == directions.dtype and y.dtype in (jnp.bfloat16, jnp.float16)
+    y, directions = (v if narrow else v.astype(jnp.float32) for v in (y, directions))
     scores = jnp.einsum(
-        "...d,ed->...e",
-        y.astype(dtype),
-        directions.astype(dtype),
-        precision="highest" if dtype == jnp.float32 else None,
-        preferred_element_type=jnp.float32,
+        "...d,ed->...e", y, directions, precision=None if narrow else "highest", preferred_element_type=jnp.float32
     )
     if cosine:
-        square = jnp.sum(jnp.square(y.astype(jnp.float32)), axis=-1, keepdims=True)
-        scores = scores * jnp.where(square > 0, jax.lax.rsqrt(jnp.where(square > 0, square, 1.0)), 0.0)
+        scores = scores * inverse(jnp.sum(jnp.square(y.astype(jnp.float32)), axis=-1, keepdims=True))
     if offset is not None:
         scores = scores - offset
     return scores if scale is None else scores * scale
+
+
+def inverse(square: jax.Array) -> jax.Array:
+    """One by the length, from its square: 0 for a length of 0, and NaN for a square that float32 does not hold."""
+    some = square > 0
+    length = jnp.where(some, jax.lax.rsqrt(jnp.where(some, square, 1.0)), 0.0)
+    return jnp.where(square < jnp.inf, length, jnp.nan)

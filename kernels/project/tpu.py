@@ -13,6 +13,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxemo.kernels import choice
+from jaxemo.kernels.project.reference import inverse
 from jaxemo.kernels.split import round_inside, split
 
 
@@ -50,8 +51,7 @@ def score(x: jax.Array, arrays, cosine: bool) -> jax.Array:
     y = x if arrays["centre"] is None else x.astype(jnp.float32) - arrays["centre"][...]
     s = product(split(y, parts, round_inside), [part[...] for part in arrays["parts"]], (1, 1))
     if cosine:
-        square = jnp.sum(jnp.square(y.astype(jnp.float32)), axis=-1, keepdims=True)
-        s = s * jnp.where(square > 0, lax.rsqrt(jnp.where(square > 0, square, 1.0)), 0.0)
+        s = s * inverse(jnp.sum(jnp.square(y.astype(jnp.float32)), axis=-1, keepdims=True))
     return (s - arrays["affine"][0:1]) * arrays["affine"][1:2]
 
 
@@ -92,14 +92,15 @@ def out_type(shape, dtype, x, *operands) -> jax.ShapeDtypeStruct:
 
 
 def project(x, directions, centre, offset, scale, *, cosine, tile, interpret):
-    N, D = x.shape
-    E = directions.shape[0]
+    E, D = directions.shape
+    shape = x.shape[:-1]
+    x = x.reshape(-1, D)
+    N = x.shape[0]
     arrays = readout(x.dtype, directions, centre, offset, scale)
 
     def kernel(x_ref, arrays, out_ref):
         out_ref[...] = score(x_ref[...], arrays, cosine)
 
-    tile = min(tile, -(-N // 16) * 16)
     out = out_type((N, E), jnp.float32, x, arrays)
     return pl.pallas_call(
         kernel,
@@ -111,4 +112,4 @@ def project(x, directions, centre, offset, scale, *, cosine, tile, interpret):
         cost_estimate=estimate(N * E * D * passes(x.dtype, arrays), (x, arrays), out),
         interpret=interpret,
         name="project",
-    )(x, arrays)
+    )(x, arrays).reshape(*shape, E)

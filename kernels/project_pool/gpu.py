@@ -27,7 +27,6 @@ def fold(stage, start, step):
 def project_pool(x, directions, spans, centre, offset, scale, *, cosine, how, tile, interpret):
     B, T, _ = x.shape
     E, unit = directions.shape[0], hopper.UNIT["project_pool"]
-    spans = spans.astype(jnp.int32)
     here = selected(spans, jnp.broadcast_to(jnp.arange(T), (B, T)))
     if how == "last":
         last = jnp.max(jnp.where(here, jnp.arange(T), -1), axis=1)

@@ -25,7 +25,6 @@ def project_pool(x, directions, spans, centre, offset, scale, *, cosine, how, ti
     B, T, D = x.shape
     E, P = directions.shape[0], spans.shape[1]
     arrays = readout(x.dtype, directions, centre, offset, scale)
-    tile = min(tile, -(-T // 16) * 16)
     start = -jnp.inf if how == "max" else 0.0
 
     def kernel(spans_ref, x_ref, arrays, out_ref, count_ref):
@@ -34,10 +33,10 @@ def project_pool(x, directions, spans, centre, offset, scale, *, cosine, how, ti
         @pl.when(i == 0)
         def _():
             out_ref[...] = jnp.full_like(out_ref, start)
-            count_ref[0] = 0
+            count_ref[0] = 0.0
 
         here = selected(spans_ref, P, row, i * tile, tile, T)
-        count = jnp.sum(here.astype(jnp.int32))
+        count = jnp.sum(here.astype(jnp.float32))
 
         @pl.when(count > 0)
         def _():
@@ -47,7 +46,7 @@ def project_pool(x, directions, spans, centre, offset, scale, *, cosine, how, ti
                 out_ref[...] = jnp.maximum(out_ref[...], jnp.max(jnp.where(here, s, -jnp.inf), 0, keepdims=True))
             elif how == "last":
                 at = lax.broadcasted_iota(jnp.int32, (tile, 1), 0)
-                last = jnp.max(jnp.where(here, at, -1))
+                last = jnp.max(jnp.where(here, at, -1), 0, keepdims=True)
                 out_ref[...] = jnp.sum(jnp.where(at == last, s, 0), 0, keepdims=True)
             else:
                 out_ref[...] += jnp.sum(jnp.where(here, s, 0), 0, keepdims=True)
@@ -57,7 +56,7 @@ def project_pool(x, directions, spans, centre, offset, scale, *, cosine, how, ti
 
             @pl.when(i == pl.num_programs(1) - 1)
             def _():
-                out_ref[...] = out_ref[...] / jnp.maximum(count_ref[0], 1).astype(jnp.float32)
+                out_ref[...] = out_ref[...] / jnp.maximum(count_ref[0], 1.0)
 
     out = out_type((B, 1, E), jnp.float32, x, arrays, spans)
     return pl.pallas_call(
@@ -68,10 +67,10 @@ def project_pool(x, directions, spans, centre, offset, scale, *, cosine, how, ti
             grid=(B, pl.cdiv(T, tile)),
             in_specs=[pl.BlockSpec((None, tile, D), lambda b, i, _: (b, i, 0)), resident(arrays)],
             out_specs=pl.BlockSpec((None, 1, E), lambda b, i, _: (b, 0, 0)),
-            scratch_shapes=[pltpu.SMEM((1,), jnp.int32)],
+            scratch_shapes=[pltpu.SMEM((1,), jnp.float32)],
         ),
         compiler_params=params(1, 1),
         cost_estimate=estimate(B * T * E * D * passes(x.dtype, arrays), (x, arrays, spans), out),
         interpret=interpret,
         name="project_pool",
-    )(spans.astype(jnp.int32).reshape(-1), x, arrays)[:, 0]
+    )(spans.reshape(-1), x, arrays)[:, 0]

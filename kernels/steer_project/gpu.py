@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxemo.kernels.hopper import PARAMS, PIECE, TILED, TILED_FLOAT32, K, columns, pad, up, whole
+from jaxemo.kernels.hopper import PARAMS, PIECE, TILED, TILED_FLOAT32, K, columns, pad, up
 from jaxemo.kernels.project.gpu import out_type, write
 from jaxemo.kernels.split import split
 
@@ -40,9 +40,8 @@ def steer_project(x, bank, a, b, spans, start, keep_norm, directions, *, tile, i
     banks = [pad(part, 0, M) for part in split(bank.astype(jnp.float32), 2)]
     readout = [pad(part.T, 1, up(E, C)) for part in split(directions, count)] if E else []
     how = pad(jnp.stack([a, b], axis=1).astype(jnp.float32), 2, M)
-    where = pad(spans.astype(jnp.int32).transpose(0, 2, 1), 2, M)
-    if whole(T) != T:
-        x = pad(x, 1, whole(T))
+    where = pad(spans.transpose(0, 2, 1), 2, M)
+    x = pad(x, 1, up(T, 8))
     steps = D // K
 
     def kernel(x_ref, bank_refs, down_refs, how_ref, where_ref, start_ref, keep_ref, readout_refs, *refs):
@@ -131,9 +130,9 @@ def steer_project(x, bank, a, b, spans, start, keep_norm, directions, *, tile, i
 
         plgpu.wait_smem_to_gmem(0)
 
-    shapes = [jax.ShapeDtypeStruct((B, whole(T) if interpret is False else up(T, PIECE), D), x.dtype)]
+    shapes = [jax.ShapeDtypeStruct((B, up(T, 8) if interpret is False else up(T, PIECE), D), x.dtype)]
     if E:
-        shapes.append(out_type(B, whole(T), E, up(E, C), PIECE, interpret))
+        shapes.append(out_type(B, up(T, 8), E, up(E, C), PIECE, interpret))
     out = plgpu.kernel(
         kernel,
         out_type=shapes,
@@ -150,5 +149,5 @@ def steer_project(x, bank, a, b, spans, start, keep_norm, directions, *, tile, i
         compiler_params=PARAMS,
         interpret=interpret,
         kernel_name="steer_project",
-    )(x, banks, [part.T for part in banks], how, where, start.astype(jnp.int32), keep_norm.astype(jnp.int32), readout)
+    )(x, banks, [part.T for part in banks], how, where, start, keep_norm.astype(jnp.int32), readout)
     return out[0][:, :T], out[1][:, :T, :E] if E else None

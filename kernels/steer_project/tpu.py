@@ -18,9 +18,8 @@ def steer_project(x, bank, a, b, spans, start, keep_norm, directions, *, tile, i
     }
     # a, b, first and last position, one row of four a batch row
     how = jnp.stack([a, b], axis=1).astype(jnp.float32)  # [B, 2, M]
-    where = spans.astype(jnp.int32).transpose(0, 2, 1)  # [B, 2, M]
+    where = spans.transpose(0, 2, 1)  # [B, 2, M]
     products = M * D * (5 if parts else 12) + (E * D * passes(x.dtype, held["readout"]) if E else 0)
-    tile = min(tile, -(-T // 16) * 16)
 
     def kernel(start_ref, keep_ref, x_ref, how_ref, where_ref, held, *out_refs):
         row, i = pl.program_id(0), pl.program_id(1)
@@ -59,5 +58,5 @@ def steer_project(x, bank, a, b, spans, start, keep_norm, directions, *, tile, i
         cost_estimate=estimate(B * T * products, operands, outs),
         interpret=interpret,
         name="steer_project",
-    )(start.astype(jnp.int32), keep_norm.astype(jnp.int32), *operands)
+    )(start, keep_norm.astype(jnp.int32), *operands)
     return out[0], out[1] if E else None

@@ -9,6 +9,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jaxemo.kernels import hopper
 from jaxemo.kernels.project_pool.gpu import fold, within
+from jaxemo.kernels.top_tokens.reference import highest
 
 
 def top_tokens(x, directions, spans, centre, offset, scale, *, cosine, k, tile, interpret):
@@ -39,7 +40,8 @@ def top_tokens(x, directions, spans, centre, offset, scale, *, cosine, k, tile, 
             return found
 
         hopper.put(stage, scores)
-        lax.fori_loop(0, kept, take, (line(jnp.inf, jnp.float32), line(-1, jnp.int32)))
+        # No place comes after the first `before`, so that infinite scores are left out; NaN is not higher than anything.
+        lax.fori_loop(0, kept, take, (line(jnp.inf, jnp.float32), line(2**31 - 1, jnp.int32)))
         hopper.wait()
 
     pieces = pl.cdiv(T, tile) * tile // hopper.PIECE
@@ -50,13 +52,6 @@ def top_tokens(x, directions, spans, centre, offset, scale, *, cosine, k, tile, 
         cosine=cosine,
         tile=tile,
         interpret=interpret,
-        scalars=[spans.astype(jnp.int32)],
+        scalars=[spans],
     )
-    best, place = (found[..., :E].reshape(-1, E).T for found in (best, place))
-    if best.shape[1] < k:
-        best, place = (
-            jnp.pad(found, ((0, 0), (0, k - found.shape[1])), constant_values=none)
-            for found, none in ((best, -jnp.inf), (place, -1))
-        )
-    best, order = lax.top_k(best, k)
-    return best, jnp.where(best > -jnp.inf, jnp.take_along_axis(place, order, axis=1), -1)
+    return highest(*(found[..., :E].reshape(-1, E).T for found in (best, place)), k)

@@ -6,13 +6,13 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxemo.kernels.project.tpu import estimate, out_type, params, passes, readout, resident, score
 from jaxemo.kernels.project_pool.tpu import selected
+from jaxemo.kernels.top_tokens.reference import highest
 
 
 def top_tokens(x, directions, spans, centre, offset, scale, *, cosine, k, tile, interpret):
     B, T, D = x.shape
     E, P = directions.shape[0], spans.shape[1]
     arrays = readout(x.dtype, directions, centre, offset, scale)
-    tile = min(tile, -(-T // 16) * 16)
     kept = min(k, tile)
     blocks = pl.cdiv(T, tile)
 
@@ -20,7 +20,8 @@ def top_tokens(x, directions, spans, centre, offset, scale, *, cosine, k, tile, 
         row, i = pl.program_id(0), pl.program_id(1)
         at = lax.broadcasted_iota(jnp.int32, (tile, 1), 0)
         here = selected(spans_ref, P, row, i * tile, tile, T)
-        left_ref[...] = jnp.where(here, score(jnp.where(here, x_ref[...], 0), arrays, cosine), -jnp.inf)
+        s = score(jnp.where(here, x_ref[...], 0), arrays, cosine)
+        left_ref[...] = jnp.where(here & (jnp.abs(s) < jnp.inf), s, -jnp.inf)
 
         @pl.loop(0, kept)
         def _(j):
@@ -47,10 +48,5 @@ def top_tokens(x, directions, spans, centre, offset, scale, *, cosine, k, tile, 
         cost_estimate=estimate(B * T * E * D * passes(x.dtype, arrays), (x, arrays, spans), outs),
         interpret=interpret,
         name="top_tokens",
-    )(spans.astype(jnp.int32).reshape(-1), x, arrays)
-    best, place = best.reshape(-1, E).T, place.reshape(-1, E).T
-    if best.shape[1] < k:
-        best = jnp.pad(best, ((0, 0), (0, k - best.shape[1])), constant_values=-jnp.inf)
-        place = jnp.pad(place, ((0, 0), (0, k - place.shape[1])), constant_values=-1)
-    best, order = lax.top_k(best, k)
-    return best, jnp.where(best > -jnp.inf, jnp.take_along_axis(place, order, axis=1), -1)
+    )(spans.reshape(-1), x, arrays)
+    return highest(best.reshape(-1, E).T, place.reshape(-1, E).T, k)
