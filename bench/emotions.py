@@ -12,9 +12,9 @@ import pathlib
 import time
 
 import jax
+from jaxemo.checkpoints import registry
 
 import jaxemo
-from jaxemo.checkpoints import registry
 from jaxemo.cli import cache_compilations
 from jaxemo.emotions import EmotionVectors, corpus, extraction, methods, stories, validation
 

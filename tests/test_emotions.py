@@ -5,7 +5,6 @@ import dataclasses
 import itertools
 import json
 import pathlib
-import re
 
 import jax.numpy as jnp
 import numpy as np
@@ -14,7 +13,7 @@ import pytest
 import jaxemo
 from jaxemo import steering
 from jaxemo.capture import Capture
-from jaxemo.emotions import EmotionVectors, corpus, extraction, geometry, steering_test
+from jaxemo.emotions import EmotionVectors, corpus, extraction, geometry, quality, steering_test
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 
@@ -43,33 +42,64 @@ def small_corpus():
 # ---- corpus ----------------------------------------------------------------------------------------------------------
 
 
-def test_the_shipped_corpus_covers_every_topic_for_every_emotion():
-    shipped = corpus.shipped()
-    topics = {row["topic"] for row in corpus.table("topics.csv")}
-    assert len(topics) == 12 and len(shipped.emotions) >= 24 and set(corpus.DISPLAY) <= set(shipped.emotions)
-    assert set(shipped.emotions) <= {row["emotion"] for row in corpus.table("emotions.csv")}
-    count = collections.Counter((story.emotion, story.topic) for story in shipped.stories)
-    assert set(count) == {(emotion, topic) for emotion in shipped.emotions for topic in topics}
-    assert len(set(count.values())) == 1, "every topic equally often for every emotion, so that topics cancel"
-    assert len(shipped.neutral) >= 48
+def test_the_corpora_hold_every_emotion_on_every_topic():
+    emotions = [row["emotion"] for row in corpus.table("emotions.csv")]
+    topics = [row["topic"] for row in corpus.table("topics.csv")]
+    assert len(emotions) == 171 and len(topics) == 12
+    shipped, heldout, starter = corpus.shipped(), corpus.heldout(), corpus.starter()
+    assert [(s.emotion, s.topic) for s in shipped.stories] == [(e, t) for e in emotions for t in topics]
+    assert [(s.emotion, s.topic) for s in heldout.stories] == [(e, t) for e in emotions for t in ("shop", "water")]
+    assert set(collections.Counter((s.emotion, s.topic) for s in starter.stories).values()) == {2}
+    assert set(corpus.DISPLAY) <= set(starter.emotions) and len(starter.emotions) == 24
+    assert len(shipped.neutral) >= 200 and shipped.neutral == starter.neutral
 
 
-def test_no_story_names_its_emotion_and_all_are_long_enough(real):
-    for story in corpus.shipped().stories:
-        assert corpus.leak(story.emotion, story.text) is None, story
-        assert len(story.text.split()) >= 90 and len(real.tokenizer.encode(story.text)) >= 115, story
-        assert "\n" not in story.text
+@pytest.mark.parametrize("name", ["shipped", "starter", "heldout"])
+def test_no_program_finds_fault_with_a_corpus(real, name):
+    found = quality.check(corpus.named(name).stories, real.tokenizer.encode)
+    assert not found.problems, found.problems[:3]
 
 
-def test_no_two_texts_share_a_run_of_seven_words_or_an_opening():
-    texts = [story.text for story in corpus.shipped().stories] + list(corpus.shipped().neutral)
-    seen, openings = {}, collections.Counter()
-    for i, text in enumerate(texts):
-        words = re.findall(r"[a-z']+", text.lower())
-        openings[" ".join(words[:4])] += 1
-        for run in zip(*[words[j:] for j in range(7)], strict=False):
-            assert seen.setdefault(run, i) == i, " ".join(run)
-    assert openings.most_common(1)[0][1] == 1, openings.most_common(3)
+def test_no_text_is_in_two_corpora():
+    texts = [s.text for s in (*corpus.shipped().stories, *corpus.heldout().stories)] + list(corpus.shipped().neutral)
+    seen = quality.Seen()
+    assert [i for i, text in enumerate(texts) if seen.duplicate(str(i), text) is not None] == []
+
+
+def test_neutral_texts_are_long_enough_and_open_differently(real):
+    neutral = corpus.shipped().neutral
+    assert min(len(real.tokenizer.encode(text)) for text in neutral) >= 115
+    assert len({" ".join(quality.words_of(text)[:4]) for text in neutral}) == len(neutral)
+    topics = collections.Counter(record["topic"] for record in corpus.records("neutral.jsonl"))
+    assert set(topics) == {row["topic"] for row in corpus.table("topics.csv")} and len(set(topics.values())) == 1
+
+
+def test_dialogues_pair_emotions_independently_and_name_none():
+    dialogues = corpus.records("dialogues.jsonl")
+    assert len(dialogues) >= 240
+    pairs = collections.Counter(tuple(d["emotions"]) for d in dialogues)
+    assert set(pairs) == {(a, b) for a in corpus.DISPLAY for b in corpus.DISPLAY}
+    for side in (0, 1):  # each emotion as often as another on each side
+        assert len(set(collections.Counter(d["emotions"][side] for d in dialogues).values())) == 1
+    for d in dialogues:
+        assert [turn["speaker"] for turn in d["turns"]] == [0, 1] * 3
+        assert not any(corpus.leak(emotion, turn["text"]) for emotion in d["emotions"] for turn in d["turns"]), d
+
+
+def test_prompts_imply_what_they_do_not_name():
+    implicit = corpus.records("implicit.jsonl")
+    assert min(collections.Counter(r["emotion"] for r in implicit)[name] for name in corpus.DISPLAY) >= 5
+    assert not [r for r in implicit if corpus.leak(r["emotion"], r["prompt"])]
+    numbers = {r["name"]: r for r in corpus.records("numbers.jsonl")}
+    known = {row["emotion"] for row in corpus.table("emotions.csv")}
+    doses = [r for r in numbers.values() if r["kind"] == "dose"]
+    for dose in doses:
+        assert set(dose["rises"] + dose["falls"]) <= known and dose["values"] == sorted(dose["values"])
+        assert not any(corpus.leak(e, dose["template"]) for e in dose["rises"] + dose["falls"])
+        (control,) = [r for r in numbers.values() if r.get("of") == dose["name"]]
+        assert control["kind"] == "control" and control["values"] == dose["values"]
+    assert len(doses) >= 10
+    assert len({row["topic"] for row in corpus.table("topics100.csv")}) == 100
 
 
 def test_every_word_family_is_a_pattern_that_finds_its_word_and_spares_others():
