@@ -83,7 +83,7 @@ class Affect:
 
     `decoded [norms, 3]` is r, with its interval, of the ratings with what ridge regression makes of the whole directions of words
     that it was not fitted on (ten folds): is it in the directions, if not in a main component? `random_decoded [norms]` is r for
-    random directions.
+    random directions; it tends to be below 0, as a fold is predicted by the mean of the others, which is lower where its own is higher.
     """
 
     layer: int
