@@ -60,7 +60,6 @@ class Results:
     z: np.ndarray  # [T, len(SHOWN)] standardised scores
     names: tuple[str, ...]
     cosines: np.ndarray  # [E, E]
-    order: list[int]
     components: geometry.Components
     valence: np.ndarray  # [E] human ratings, NaN where there are none
     correlations: dict[str, tuple[float, int]]
@@ -172,7 +171,6 @@ def collect(vectors_path: str | None = None, say=print) -> Results:
         z=z,
         names=vectors.names,
         cosines=similarity,
-        order=geometry.cluster_order(similarity),
         components=parts,
         valence=geometry.human_norms(vectors.names, "valence"),
         correlations={

@@ -1,6 +1,6 @@
-"""The demo's results as one HTML file that needs nothing else: styles and plots are in it, and it loads nothing."""
+"""What the report's pages share, and the demo's: one HTML file that needs nothing else, with styles and figures in it."""
 
-import importlib.resources
+import functools
 import os
 
 import jinja2
@@ -9,7 +9,8 @@ from markupsafe import Markup
 
 from jaxemo import files
 from jaxemo.emotions import steering_test
-from jaxemo.report import demo, plots
+from jaxemo.report import chart, demo, figures
+from jaxemo.report.figures import percent, signed
 
 CLIP, STEP = 4.0, 0.5  # the heat map's range and grain, in standard deviations
 BREAK_PERPLEXITY = 3.0  # an answer breaks above this many times the unsteered answer's perplexity
@@ -21,54 +22,55 @@ def write(results: demo.Results, path: str | os.PathLike) -> None:
     files.write_atomically(path, render(results).encode())
 
 
+@functools.cache
+def environment() -> jinja2.Environment:
+    """What all pages are rendered with: names are escaped, and one that is not known is an error."""
+    made = jinja2.Environment(
+        loader=jinja2.PackageLoader("jaxemo", "report"), autoescape=True, undefined=jinja2.StrictUndefined,
+        trim_blocks=True, lstrip_blocks=True,
+    )  # fmt: skip
+    made.filters.update(signed=signed, percent=percent, label=demo.label)
+    made.globals["ramp"] = chart.ramp
+    return made
+
+
 def render(results: demo.Results) -> str:
     """The page's HTML; the same results give the same text."""
     r, answers = results, judged(results.answers)
-    environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    matrix, limit = figures.cosines(r.cosines, r.names)
+    return (
+        environment()
+        .get_template("demo.html")
+        .render(
+            r=r,
+            plots={
+                "traces": figures.traces(r.tokens, r.z, demo.SHOWN, r.turn),
+                "matrix": matrix,
+                "map": figures.components(r.components, r.names, r.valence),
+                **test_plots(r.test),
+            },
+            limit=limit,
+            turn=" ".join("".join(r.tokens[r.turn :]).split()[:5]),
+            clip=CLIP,
+            step=STEP,
+            levels=round(CLIP / STEP),
+            falls=demo.FALLS,
+            maps=[heat_map(name, r.tokens, r.z[:, i], r.turn) for i, name in enumerate(demo.SHOWN)],
+            first=np.abs(r.z[0]).max(),
+            clipped=(np.abs(r.z[1:]) > CLIP).mean(),
+            pairs=extreme_pairs(r.cosines, r.names),
+            unrated=[name for name, value in zip(r.names, r.valence, strict=True) if not np.isfinite(value)],
+            correlations=[(what, value, n, interval(value, n)) for what, (value, n) in r.correlations.items()],
+            test=r.test,
+            usable=steering_test.USABLE,
+            table=test_table(r.test),
+            above=above_random(r.test),
+            answers=answers,
+            broke={kind: broken_of(answers, kind) for kind in ("emotion", "random")},
+            broken=(BREAK_PERPLEXITY, BREAK_REPEATED),
+            scale=max((abs(v) for a in r.answers for v in a.scores.values()), default=0) or 1,
+        )
     )
-    environment.filters.update(signed=signed, percent=percent, label=demo.label)
-    template = (importlib.resources.files("jaxemo.report") / "demo.html").read_text(encoding="utf-8")
-    scatter, unlabelled = plots.scatter(r.components.coordinates, r.components.share, r.names, r.valence)
-    drawn = {
-        "traces": plots.traces(r.tokens, r.z, demo.SHOWN, r.turn),
-        "matrix": plots.matrix(r.cosines, r.names, r.order),
-        "scatter": scatter,
-        **test_plots(r.test),
-    }
-    return environment.from_string(template).render(
-        r=r,
-        plots={name: Markup(text) for name, text in drawn.items()},
-        turn=" ".join("".join(r.tokens[r.turn :]).split()[:5]),
-        clip=CLIP,
-        step=STEP,
-        levels=round(CLIP / STEP),
-        falls=demo.FALLS,
-        maps=[heat_map(name, r.tokens, r.z[:, i], r.turn) for i, name in enumerate(demo.SHOWN)],
-        first=np.abs(r.z[0]).max(),
-        clipped=(np.abs(r.z[1:]) > CLIP).mean(),
-        pairs=extreme_pairs(r.cosines, r.names),
-        unlabelled=unlabelled,
-        unrated=[name for name, value in zip(r.names, r.valence, strict=True) if not np.isfinite(value)],
-        correlations=[(what, value, n, interval(value, n)) for what, (value, n) in r.correlations.items()],
-        test=r.test,
-        usable=steering_test.USABLE,
-        table=test_table(r.test),
-        above=above_random(r.test),
-        answers=answers,
-        broke={kind: broken_of(answers, kind) for kind in ("emotion", "random")},
-        broken=(BREAK_PERPLEXITY, BREAK_REPEATED),
-        scale=max((abs(v) for a in r.answers for v in a.scores.values()), default=0) or 1,
-    )
-
-
-def signed(x: float, digits: int = 2) -> str:
-    """A number with its sign, with a true minus."""
-    return f"{x:+.{digits}f}".replace("-", "−")
-
-
-def percent(x: float) -> str:
-    return f"{100 * x:.0f}\u202f%"
 
 
 def heat_map(name: str, tokens: list[str], z: np.ndarray, turn: int) -> dict:
@@ -80,7 +82,7 @@ def heat_map(name: str, tokens: list[str], z: np.ndarray, turn: int) -> dict:
     cells = [(tokens[0], "first", "not scored")]
     for token, level, value in zip(tokens[1:], levels[1:], z[1:], strict=True):
         cells.append((token, f"{'n' if level < 0 else 'p'}{abs(level)}", signed(value, 1)))
-    top = 1 + int(plots.smooth(z[1:, None]).argmax())
+    top = 1 + int(figures.smooth(z[1:, None]).argmax())
     phrase = "".join(tokens[max(1, top - 4) : top + 5]).strip(' \n,."')
     before, after = z[1:turn].mean(), z[turn:].mean()
     moved = (after < before) == (name in demo.FALLS)
@@ -130,16 +132,16 @@ def test_table(test) -> list[dict]:
     ]
 
 
-def test_plots(test) -> dict[str, str]:
-    """The three plots of the text steering test."""
+def test_plots(test) -> dict[str, Markup]:
+    """The three figures of the text steering test."""
     return {
-        "words": plots.doses(test.strengths, test.best, test.own, "each emotion's own word, and mean",
-                             test.random.mean(2), test.others, None, "words",
-                             "Change in log-probability of emotion words over strength"),
-        "facts": plots.doses(test.strengths, test.best, test.facts, "under each emotion's direction, and mean",
-                             test.random_facts, None, -steering_test.USABLE, "facts",
-                             "Change in log-probability of right answers to questions of fact over strength"),
-        "bars": plots.bars(test.names, test.own[test.best], test.random[test.best]),
+        "words": figures.doses(test, test.own, test.random.mean(2), test.others, None,
+                               ("each emotion's own word (faint), and mean", "the other emotions' words, mean"),
+                               "Change in log-probability of emotion words over strength"),
+        "facts": figures.doses(test, test.facts, test.random_facts, None, -steering_test.USABLE,
+                               ("right answers under each direction (faint), and mean", ""),
+                               "Change in log-probability of right answers to questions of fact over strength"),
+        "bars": figures.bars(test),
     }  # fmt: skip
 
 
