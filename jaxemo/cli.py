@@ -158,6 +158,27 @@ def _parser() -> argparse.ArgumentParser:
     )
     sub.add_argument("text", nargs="*", help="texts; '-' reads one text a line from standard input")
 
+    def tested(sub):
+        model(sub)
+        sub.add_argument("--corpus", help=CORPUS + "; with --vectors, what they were made from")
+        sub.add_argument(
+            "--stories", metavar="FILE", help="stories that the model wrote (see `jaxemo stories`), to test on as well"
+        )
+
+    sub = command("report", _report, "test the emotion directions of a model, and write it all on one page")
+    tested(sub)
+    sub.add_argument(
+        "--vectors", help="file made by `jaxemo extract` (by default they are extracted, and kept beside the report)"
+    )
+    sub.add_argument("-o", "--out", default="report.html", help="page to write (report.html)")
+
+    sub = command("validate", _validate, "make one test of emotion directions, or all, and print what it finds")
+    sub.add_argument("test", help="self-cosine, stories, implicit, numbers, lens, steering, cosines, clusters, affect, similarity, "
+                     "speakers, or all")  # fmt: skip
+    tested(sub)
+    sub.add_argument("--vectors", required=True, help="file made by `jaxemo extract`")
+    sub.add_argument("-o", "--out", help="page to write its figures on")
+
     sub = command("demo", _demo, "extract directions from SmolLM2-135M, test them, and write a report")
     sub.add_argument("-o", "--out", default="report.html")
     sub.add_argument("--vectors", help="use these instead of extracting")
@@ -464,6 +485,26 @@ def _read(args):
     print(f"{READ[args.kind]}, mean over tokens, after layer {layer}")
     for text, scores in zip(texts, reading.pooled, strict=True):
         print(f"{_ranking(vectors.names, scores, args.top)}   | {text[:60]}")
+
+
+def _report(args):
+    from jaxemo import files
+    from jaxemo.report import model
+
+    files.check_writable(args.out)  # before the model is loaded
+    print(model.run(_load(args), args.out, args.vectors, args.corpus, args.stories).summary())
+    print(f"\nThe report is in {pathlib.Path(args.out).resolve()}")
+
+
+def _validate(args):
+    from jaxemo import files
+    from jaxemo.report import model
+
+    if args.out:
+        files.check_writable(args.out)
+    names = tuple(model.TESTS) if args.test == "all" else (args.test,)
+    model.check(names)
+    print(model.run(_load(args), args.out, args.vectors, args.corpus, args.stories, names).summary())
 
 
 def _demo(args):

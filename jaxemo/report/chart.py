@@ -236,9 +236,9 @@ def chart(
         apart = np.array([apart for *_, apart in axis.ticks]) / abs(axis.high - axis.low)
         turned = upright or name == "yt"
         size = axis.room if turned else 10 + LETTER * max([len(t) for _, t, _ in axis.ticks], default=0)
-        shown = (apart * long >= size) & (at > -1e-6) & (at < 1 + 1e-6)
+        there = (apart * long >= size) & (at > -1e-6) & (at < 1 + 1e-6)
         parts.append(f'<g class="{name}" data-size="{size:g}">')
-        for (_, text, _), a, d, there in zip(axis.ticks, at.tolist(), apart.tolist(), shown, strict=True):
+        for (_, text, _), a, d, shown in zip(axis.ticks, at.tolist(), apart.tolist(), there.tolist(), strict=True):
             if name == "xt":
                 place, edge = f"{left + a * w:.1f} {top + h:g}", "M0 0V4"
                 how = (
@@ -248,7 +248,7 @@ def chart(
                 )
             else:
                 place, edge, how = f"{left} {top + a * h:.1f}", "M0 0H-4", 'x="-7" y="4" text-anchor="end"'
-            parts.append(f'<g transform="translate({place})" data-at="{a:.4f}" data-apart="{d:.4f}"{"" if there else " hidden"}>'
+            parts.append(f'<g transform="translate({place})" data-at="{a:.4f}" data-apart="{d:.4f}"{"" if shown else " hidden"}>'
                          f'<path d="{edge}"/><text {how}>{escape(text)}</text></g>')  # fmt: skip
         parts.append("</g>")
     parts.append(f'<path class="frame" d="M{left} {top}V{top + h:g}H{width - right}"/>')

@@ -9,8 +9,9 @@ from jaxemo.emotions import classification, geometry, lens, prompts, speakers, s
 from jaxemo.report import chart
 from jaxemo.report.chart import Axis, flipped, legend, numeric
 
+AVERAGED = "directions" + classification.AVERAGED
 METRICS = ("top-1", f"top-{classification.TOP}", "family")
-BASELINES = {"bag of words": "c1 dashed", "embedding table": "c2 dotted", "majority": "c3 long"}
+BESIDE = {AVERAGED: "c0 dotted", "bag of words": "c1 dashed", "embedding table": "c2 dotted", "majority": "c3 long"}
 RANDOM = "random directions"
 SHOWN = 160  # pixels a small panel is high
 
@@ -31,24 +32,50 @@ def by_layer(found: classification.Classification) -> list[tuple[str, Markup]]:
     x = chart.layers(len(found.by_layer))
     for m in range(metrics(found)):
         rates = {name: found.rates(name)[m] for name in found.guesses}
-        y = flipped(numeric("accuracy", [0, np.nanmax(found.by_layer[:, m]), *(r for rate in rates.values() for r in rate)], percent=True, pad=0.03))  # fmt: skip
+        y = flipped(
+            numeric(
+                "accuracy",
+                [
+                    0,
+                    np.nanmax(found.by_layer[:, m]),
+                    *(r for name in (first, RANDOM, *BESIDE) for r in rates.get(name, ())),
+                ],
+                percent=True,
+                pad=0.03,
+            )
+        )
         y = y._replace(high=0.0)
         plane, marks = [], []
         if RANDOM in rates:
             plane.append(chart.band(x, y, rates[RANDOM][1], rates[RANDOM][2], "c4"))
-        for name, style in BASELINES.items():
+        for name, style in BESIDE.items():
             if name in rates:
                 plane.append(chart.level(x, y, rates[name][0], style))
         plane.append(chart.line(x, y, range(len(found.by_layer)), found.by_layer[:, m], "c0"))
-        marks += chart.dots(x, y, range(len(found.by_layer)), found.by_layer[:, m],
-                            [f"layer {i}: {percent(v, 1)}" for i, v in enumerate(found.by_layer[:, m])], "c0 small")  # fmt: skip
+        marks += chart.dots(
+            x,
+            y,
+            range(len(found.by_layer)),
+            found.by_layer[:, m],
+            [f"layer {i}: {percent(v, 1)}" for i, v in enumerate(found.by_layer[:, m])],
+            "c0 small",
+        )
         chosen = sorted(set(found.guesses[first].layers.values()))
         rate, low, high = rates[first]
         for at in chosen:
             plane.append(f'<path class="line c0" d="M{x([at])[0]:.4f} {y([low])[0]:.4f}V{y([high])[0]:.4f}"/>')
-        marks += chart.dots(x, y, chosen, [rate] * len(chosen),
-                            [f"cross-fitted result {percent(rate, 1)} [{percent(low, 1)}, {percent(high, 1)}]; layer {at} was chosen on the other texts"
-                             for at in chosen], "c0", "diamond")  # fmt: skip
+        marks += chart.dots(
+            x,
+            y,
+            chosen,
+            [rate] * len(chosen),
+            [
+                f"cross-fitted result {percent(rate, 1)} [{percent(low, 1)}, {percent(high, 1)}]; layer {at} was chosen on the other texts"
+                for at in chosen
+            ],
+            "c0",
+            "diamond",
+        )
         title = f"{METRICS[m]} accuracy on {found.corpus} over layers, with baselines"
         panels.append((METRICS[m], chart.chart(title, x, y, plane, marks, height=SHOWN, width=420)))
     return panels
@@ -63,7 +90,7 @@ def by_layer_legend(found: classification.Classification) -> Markup:
     return legend(
         ("line", "c0", "directions, all texts at each layer"),
         ("diamond", "c0", "directions, layer chosen on other texts (the result), with its 95 % interval"),
-        *(("line", style, name) for name, style in BASELINES.items() if name in found.guesses),
+        *(("line", style, name) for name, style in BESIDE.items() if name in found.guesses),
         ("area", "c4", "random directions, 95 % of draws"),
     )
 
@@ -108,8 +135,16 @@ def shares(families: Sequence[str], counts: np.ndarray, what: str, of: str) -> M
 
 def implicit(found: prompts.Implicit) -> tuple[Markup, float]:
     limit = max(float(np.abs(found.z).max()), 1e-9)
-    return chart.matrix("Mean score of each emotion's prompts on each direction", found.z, found.names, found.names, -limit, limit,
-                        "prompts implying {r}, read on {c}: z {v}", labels=("implied", "direction")), limit  # fmt: skip
+    return chart.matrix(
+        "Mean score of each emotion's prompts on each direction",
+        found.z,
+        found.names,
+        found.names,
+        -limit,
+        limit,
+        "prompts implying {r}, read on {c}: z {v}",
+        labels=("implied", "direction"),
+    ), limit
 
 
 def numbers(found: prompts.Numbers) -> Markup:
@@ -129,10 +164,26 @@ def numbers(found: prompts.Numbers) -> Markup:
             f'<rect class="area c4" x="{a:.4f}" y="{where - half:.4f}" width="{b - a:.4f}" height="{2 * half:.4f}"/>'
         )
     expected = ["rise" if sign > 0 else "fall" for sign in found.expected]
-    marks = chart.dots(x, y, found.control_slope, at, [f"{n}: the harmless count {signed(s)}" for n, s in zip(names, found.control_slope, strict=True)],
-                       "c1", "square")  # fmt: skip
-    marks += chart.dots(x, y, found.slope, at, [f"{n} should {way}: {signed(s)}, rho {signed(r)}, 95 % of random directions {signed(a)} to {signed(b)}"
-                                                for n, way, s, r, a, b in zip(names, expected, found.slope, found.rho, low, high, strict=True)], "c0")  # fmt: skip
+    marks = chart.dots(
+        x,
+        y,
+        found.control_slope,
+        at,
+        [f"{n}: the harmless count {signed(s)}" for n, s in zip(names, found.control_slope, strict=True)],
+        "c1",
+        "square",
+    )
+    marks += chart.dots(
+        x,
+        y,
+        found.slope,
+        at,
+        [
+            f"{n} should {way}: {signed(s)}, rho {signed(r)}, 95 % of random directions {signed(a)} to {signed(b)}"
+            for n, way, s, r, a, b in zip(names, expected, found.slope, found.rho, low, high, strict=True)
+        ],
+        "c0",
+    )
     return chart.chart(
         "Slope of each emotion's score with the number, the harmless count's and random directions'",
         x,
@@ -187,8 +238,15 @@ def cosines(similarity: np.ndarray, names: Sequence[str]) -> tuple[Markup, float
     shown = np.where(np.eye(len(names), dtype=bool), np.nan, similarity)[np.ix_(order, order)]
     limit = max(float(np.ceil(np.nanmax(np.abs(shown)) * 20) / 20), 0.05)
     ordered = [names[i] for i in order]
-    return chart.matrix(f"Cosine similarities of {len(names)} emotion directions, similar ones side by side", shown, ordered, ordered,
-                        -limit, limit, "{r} and {c}: {v}"), limit  # fmt: skip
+    return chart.matrix(
+        f"Cosine similarities of {len(names)} emotion directions, similar ones side by side",
+        shown,
+        ordered,
+        ordered,
+        -limit,
+        limit,
+        "{r} and {c}: {v}",
+    ), limit
 
 
 def components(parts: geometry.Components, names: Sequence[str], valence: np.ndarray) -> Markup:
@@ -217,33 +275,36 @@ def rating(parts: geometry.Components, component: int, names: Sequence[str], hum
     rated = np.flatnonzero(np.isfinite(human))
     at = parts.coordinates[rated, component]
     x, y = numeric(f"human {norm}, 1 to 9", human[rated]), flipped(numeric(f"PC{component + 1}", at))
-    says = [f"{names[i]}: {norm} {human[i]:.1f}, PC{component + 1} {signed(v)}" for i, v in zip(rated, at, strict=True)]
+    says = [
+        f"{names[i]}: {norm} {human[i]:.1f}, PC{component + 1} {signed(v)}"
+        for i, v in zip(rated.tolist(), at, strict=True)
+    ]
     order = np.argsort(-np.abs(at - at.mean()), kind="stable")
     marks = chart.dots(
         x, y, human[rated][order], at[order], [says[i] for i in order], "c0", labels=[names[rated[i]] for i in order]
     )
     slope = np.polyfit(human[rated], at, 1) if len(rated) > 1 else (0.0, 0.0)
     ends = np.array([human[rated].min(), human[rated].max()])
-    return chart.chart(f"PC{component + 1} against human {norm}", x, y, [chart.line(x, y, ends, np.polyval(slope, ends), "c2 dashed")], marks,
-                       height=320, width=520)  # fmt: skip
+    return chart.chart(
+        f"PC{component + 1} against human {norm}",
+        x,
+        y,
+        [chart.line(x, y, ends, np.polyval(slope, ends), "c2 dashed")],
+        marks,
+        height=320,
+        width=520,
+    )
 
 
 def similarity(found: geometry.Similarity) -> tuple[Markup, Markup]:
     """Layers against layers, of the emotions and of random directions; the same colours."""
     names = [str(i) for i in range(len(found.rho))]
-    return tuple(
-        chart.matrix(
-            f"Similarity of the cosine matrices of layers, {what}",
-            rho,
-            names,
-            names,
-            -1,
-            1,
-            "layers {r} and {c}: rho {v}",
-            labels=("layer", "layer"),
-        )
-        for what, rho in (("emotions", found.rho), ("random directions", found.random))
-    )
+
+    def drawn(what, rho):
+        return chart.matrix(f"Similarity of the cosine matrices of layers, {what}", rho, names, names, -1, 1,
+                            "layers {r} and {c}: rho {v}", labels=("layer", "layer"))  # fmt: skip
+
+    return drawn("emotions", found.rho), drawn("random directions", found.random)
 
 
 def self_cosine(values: np.ndarray, names: Sequence[str]) -> Markup:
@@ -262,7 +323,7 @@ def self_cosine(values: np.ndarray, names: Sequence[str]) -> Markup:
         plane.append(
             f'<rect class="bar c0" x="{a:.4f}" y="{top:.4f}" width="{0.94 * (z - a):.4f}" height="{1 - top:.4f}"/>'
         )
-        said = [names[i] for i in np.flatnonzero(of == b)]
+        said = [names[i] for i in np.flatnonzero(of == b).tolist()]
         says = f"{edges[b]:.3f} to {edges[b + 1]:.3f}: {n}, {', '.join(said[:6])}{' …' if len(said) > 6 else ''}"
         marks.append(chart.Dot((a + z) / 2, float(top), '<circle r="1" class="dot c0"/>', says))
     plane.append(chart.level(x, y, float(np.median(values)), "c2 dashed", upright=True))
@@ -288,11 +349,28 @@ def speakers_told(found: speakers.Speakers) -> Markup:
     for i, kind in enumerate(kinds):
         a, b = x(ends[i])
         plane.append(f'<path class="line c0" d="M{a:.4f} {y([i + 0.3])[0]:.4f}H{b:.4f}"/>')
-        marks += chart.dots(x, y, [found.hits[i].mean()], [i + 0.3], [f"{kind} emotion: {percent(found.hits[i].mean(), 1)} [{percent(ends[i, 0], 1)}, {percent(ends[i, 1], 1)}], n = {n}"], "c0")  # fmt: skip
+        marks += chart.dots(
+            x,
+            y,
+            [found.hits[i].mean()],
+            [i + 0.3],
+            [
+                f"{kind} emotion: {percent(found.hits[i].mean(), 1)} [{percent(ends[i, 0], 1)}, {percent(ends[i, 1], 1)}], n = {n}"
+            ],
+            "c0",
+        )
         marks += chart.dots(
             x, y, [found.chance[i]], [i + 0.5], [f"always the commonest: {percent(found.chance[i], 1)}"], "c1", "square"
         )
-        marks += chart.dots(x, y, found.shuffled[i], [i + 0.7] * len(found.shuffled[i]), [f"permuted emotions: {percent(v, 1)}" for v in found.shuffled[i]], "c2", "tick")  # fmt: skip
+        marks += chart.dots(
+            x,
+            y,
+            found.shuffled[i],
+            [i + 0.7] * len(found.shuffled[i]),
+            [f"permuted emotions: {percent(v, 1)}" for v in found.shuffled[i]],
+            "c2",
+            "tick",
+        )
     return chart.chart(
         "How often each speaker's emotion is told right, with baselines", x, y, plane, marks, height=130, width=620
     ) + legend(
@@ -305,7 +383,10 @@ def speakers_told(found: speakers.Speakers) -> Markup:
 def speakers_layers(found: speakers.Speakers) -> Markup:
     L = len(found.cosine)
     x = chart.layers(L)
-    lines = {"present and other, same emotion": ("c0", found.cosine.mean(1)), "present and other, different emotions": ("c2 dotted", found.cosine_mixed)}  # fmt: skip
+    lines = {
+        "present and other, same emotion": ("c0", found.cosine.mean(1)),
+        "present and other, different emotions": ("c2 dotted", found.cosine_mixed),
+    }
     if np.isfinite(found.stories).any():
         known = np.isfinite(found.stories).any((0, 1))
         for i, (kind, style) in enumerate((("present", "c1 dashed"), ("other", "c3 long"))):
@@ -314,8 +395,18 @@ def speakers_layers(found: speakers.Speakers) -> Markup:
     plane = [chart.level(x, y, 0, "c3")] + [
         chart.line(x, y, range(L), values, style) for style, values in lines.values()
     ]
-    marks = [dot for name, (style, values) in lines.items()
-             for dot in chart.dots(x, y, range(L), values, [f"{name}, layer {i}: {signed(v)}" for i, v in enumerate(values)], style.split()[0] + " small")]  # fmt: skip
+    marks = [
+        dot
+        for name, (style, values) in lines.items()
+        for dot in chart.dots(
+            x,
+            y,
+            range(L),
+            values,
+            [f"{name}, layer {i}: {signed(v)}" for i, v in enumerate(values)],
+            style.split()[0] + " small",
+        )
+    ]
     return chart.chart(
         "Cosines of present and other directions over layers", x, y, plane, marks, height=200, width=620
     ) + legend(*(("line", style, name) for name, (style, _) in lines.items()))
@@ -329,17 +420,32 @@ def doses(test: steering_test.TextTest, own: np.ndarray, random: np.ndarray, oth
         "strength (fraction of the mean residual norm)", 0, max(s) * 1.04, tuple((v, f"{v:g}", max(s) / 3) for v in s)
     )
     y = flipped(numeric("nats", [0, *own.ravel(), *random.ravel()]))
-    plane = [chart.area(x, y, s, random.min(1), random.max(1), "c4"), chart.level(x, y, 0, "c3"), chart.level(x, y, s[test.best], "c2 dotted", upright=True)]  # fmt: skip
+    plane = [
+        chart.area(x, y, s, random.min(1), random.max(1), "c4"),
+        chart.level(x, y, 0, "c3"),
+        chart.level(x, y, s[test.best], "c2 dotted", upright=True),
+    ]
     plane += [chart.line(x, y, s, column, "c0 faint") for column in own.T]
     plane += [chart.line(x, y, s, random.mean(1), "c2 dashed"), chart.line(x, y, s, own.mean(1), "c0 bold")]
-    entries = [("line", "c0 bold", names[0]), ("line", "c2 dashed", "random directions, mean"), ("area", "c4", "random directions, lowest to highest"), ("line", "c2 dotted", "best strength")]  # fmt: skip
+    entries = [
+        ("line", "c0 bold", names[0]),
+        ("line", "c2 dashed", "random directions, mean"),
+        ("area", "c4", "random directions, lowest to highest"),
+        ("line", "c2 dotted", "best strength"),
+    ]
     if others is not None:
         plane.append(chart.line(x, y, s, others.mean(1), "c1 long"))
         entries.insert(1, ("line", "c1 long", names[1]))
     if floor is not None:
         plane.append(chart.level(x, y, floor, "c1 dotted"))
         entries.append(("line", "c1 dotted", "limit of a usable strength"))
-    marks = [dot for e, name in enumerate(test.names) for dot in chart.dots(x, y, s, own[:, e], [f"{name} at {v:g}: {signed(o)}" for v, o in zip(s, own[:, e], strict=True)], "c0 small")]  # fmt: skip
+    marks = [
+        dot
+        for e, name in enumerate(test.names)
+        for dot in chart.dots(
+            x, y, s, own[:, e], [f"{name} at {v:g}: {signed(o)}" for v, o in zip(s, own[:, e], strict=True)], "c0 small"
+        )
+    ]
     return chart.chart(title, x, y, plane, marks, height=280, width=520) + legend(*entries)
 
 
@@ -354,7 +460,9 @@ def bars(test: steering_test.TextTest) -> Markup:
     for where, i in zip(at, order, strict=True):
         a, b = sorted([zero, x([own[i]])[0]])
         beyond = own[i] > random[:, i].max()
-        plane.append(f'<rect class="bar {"c0" if beyond else "c0 faint"}" x="{a:.4f}" y="{where - 0.31 / len(order):.4f}" width="{b - a:.4f}" height="{0.62 / len(order):.4f}"/>')  # fmt: skip
+        plane.append(
+            f'<rect class="bar {"c0" if beyond else "c0 faint"}" x="{a:.4f}" y="{where - 0.31 / len(order):.4f}" width="{b - a:.4f}" height="{0.62 / len(order):.4f}"/>'
+        )
         row = [y.low + (where * len(order))] * len(random)
         marks += chart.dots(
             x,
@@ -365,10 +473,24 @@ def bars(test: steering_test.TextTest) -> Markup:
             "c2",
             "tick",
         )
-        marks += chart.dots(x, y, [own[i]], row[:1], [f"{test.names[i]}: {signed(own[i])}{'' if beyond else ', not beyond every random direction'}"], "c0 small")  # fmt: skip
+        marks += chart.dots(
+            x,
+            y,
+            [own[i]],
+            row[:1],
+            [f"{test.names[i]}: {signed(own[i])}{'' if beyond else ', not beyond every random direction'}"],
+            "c0 small",
+        )
     plane.append(chart.level(x, y, 0, "c2", upright=True))
-    return chart.chart("Change of each emotion's word under its own direction (bar) and random directions (ticks)", x, y, plane, marks,
-                       height=24 * len(order), width=620)  # fmt: skip
+    return chart.chart(
+        "Change of each emotion's word under its own direction (bar) and random directions (ticks)",
+        x,
+        y,
+        plane,
+        marks,
+        height=24 * len(order),
+        width=620,
+    )
 
 
 def smooth(z: np.ndarray, window: int = 9) -> np.ndarray:
@@ -393,9 +515,27 @@ def traces(tokens: Sequence[str], z: np.ndarray, names: Sequence[str], turn: int
     )
     drawn = []
     for name, line in zip(names, lines.T, strict=True):
-        plane = [chart.area(x, y, at, np.zeros(len(at)), np.maximum(line, 0), "c0"), chart.area(x, y, at, np.minimum(line, 0), np.zeros(len(at)), "c1"),
-                 chart.line(x, y, at, line, "c2 faint"), chart.level(x, y, 0, "c3"), chart.level(x, y, turn, "c2 dotted", upright=True)]  # fmt: skip
-        marks = [chart.Dot(d.x, d.y, "", d.says) for d in chart.dots(x, y, at, line, [f"“{''.join(tokens[max(1, i - 2) : i + 3]).strip()}” {signed(v, 1)}" for i, v in zip(at, line, strict=True)], "")]  # fmt: skip
+        plane = [
+            chart.area(x, y, at, np.zeros(len(at)), np.maximum(line, 0), "c0"),
+            chart.area(x, y, at, np.minimum(line, 0), np.zeros(len(at)), "c1"),
+            chart.line(x, y, at, line, "c2 faint"),
+            chart.level(x, y, 0, "c3"),
+            chart.level(x, y, turn, "c2 dotted", upright=True),
+        ]
+        marks = [
+            chart.Dot(d.x, d.y, "", d.says)
+            for d in chart.dots(
+                x,
+                y,
+                at,
+                line,
+                [
+                    f"“{''.join(tokens[max(1, i - 2) : i + 3]).strip()}” {signed(v, 1)}"
+                    for i, v in zip(at.tolist(), line, strict=True)
+                ],
+                "",
+            )
+        ]
         drawn.append(
             Markup('<div class="small">{}</div>{}').format(
                 name,
