@@ -210,7 +210,7 @@ def chart(
     tall = max([len(text) for _, text, _ in x.ticks], default=0) * LETTER if upright else LINE
     wide = max([len(text) for _, text, _ in y.ticks], default=0) * LETTER
     left, right, top = math.ceil(min(wide, 180) + 12), 10, 8 if plain else 32
-    bottom = math.ceil(min(tall, 130) + 12) + (LINE if x.label else 0)
+    bottom = math.ceil(min(tall, 170) + 12) + (LINE if x.label else 0)
     w = width - left - right
     h = height or w
     marks_at = [(left + m.x * w, top + m.y * h) for m in marks]
@@ -221,13 +221,15 @@ def chart(
     ]
     parts.append(f'<svg class="plot" x="{left}" y="{top}" width="{w}" height="{h:g}">'
                  f'<g class="plane" transform="scale({w} {h:g})">{"".join(plane)}</g></svg>')  # fmt: skip
-    room = fitting(
-        [(px + 6, py - 6, px + 7 + len(m.label) * LETTER, py + 6) for m, (px, py) in zip(marks, marks_at, strict=True)],
-        [(px - 5, py - 5, px + 5, py + 5) for px, py in marks_at],
-    )
+    wide_at = [7 + len(m.label) * LETTER for m in marks]
+    back = [px + long > width for (px, _), long in zip(marks_at, wide_at, strict=True)]  # written before its dot
+    boxes = [(px - long, py - 6, px - 6, py + 6) if turned else (px + 6, py - 6, px + long, py + 6)
+             for (px, py), long, turned in zip(marks_at, wide_at, back, strict=True)]  # fmt: skip
+    room = fitting(boxes, [(px - 5, py - 5, px + 5, py + 5) for px, py in marks_at])
     parts.append('<g class="marks">')
-    for m, (px, py), shown in zip(marks, marks_at, room, strict=True):
-        label = f'<text x="7" y="4"{"" if shown else " hidden"}>{escape(m.label)}</text>' if m.label else ""
+    for m, (px, py), shown, turned in zip(marks, marks_at, room, back, strict=True):
+        where = 'x="-7" text-anchor="end"' if turned else 'x="7"'
+        label = f'<text {where} y="4"{"" if shown else " hidden"}>{escape(m.label)}</text>' if m.label else ""
         parts.append(f'<g transform="translate({px:.1f} {py:.1f})" data-x="{m.x:.4f}" data-y="{m.y:.4f}">{m.body}{label}'
                      f"<title>{escape(m.says)}</title></g>")  # fmt: skip
     parts.append("</g>")
@@ -287,7 +289,7 @@ def ramp(low: str, middle: str, high: str, label: str, kind: str) -> Markup:
     """The legend of an image's colours, "diverging" or "sequential"."""
     colours = {"diverging": DIVERGING, "sequential": SEQUENTIAL}[kind]
     return Markup(
-        '<p class="ramp"><span>{}:</span> {} <span class="colours" style="background:linear-gradient(90deg,{})"></span> {}{}</p>'
+        '<p class="ramp"><span>{}:</span> <b>{} <i style="background:linear-gradient(90deg,{})"></i> {}</b>{}</p>'
     ).format(label, low, ",".join(colours), high, Markup(" <span>(middle {})</span>").format(middle) if middle else "")
 
 
