@@ -131,8 +131,8 @@ def cost(work: Work, kernel: bool) -> tuple[int, int]:
         steered, scored = work.op == "steer_project", work.op in ("project", "steer_project")
         return constants + (1 + steered) * x + scored * scores, flops
     float32 = 2 * N * D * 4  # activations that are written as float32, and read
-    if work.op == "steer_project":  # projections, update, length, rescaling, scores
-        return constants + (4 + (E > 0)) * x + float32 + scores, flops
+    if work.op == "steer_project":  # projections, update, lengths, scores
+        return constants + (3 + (E > 0)) * x + float32 + scores, flops
     moved = constants + (1 + work.cosine) * x  # once for the products, once for the length
     if work.op == "project":
         moved += (1 + 2 * work.cosine * (E % 8 > 0)) * scores

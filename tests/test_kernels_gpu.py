@@ -133,7 +133,7 @@ def test_project_agrees_with_float64(types, N, D, E, centred, cosine, tile):
     # Close to the centre, so that subtracting it after the product would leave nothing.
     x = (x if centre is None else centre + x).at[1, 5].mul(1000).astype(types[0])
     directions, offset, scale = units(1, (E, D), types[1]), normal(3, E).at[0].set(0), normal(4, E).at[0].set(1)
-    directions = directions.at[0].set(jnp.eye(D)[5])
+    directions = directions.at[0].set(jnp.eye(D, dtype=types[1])[5])
     got = interpreted(project, x, directions, centre, offset, scale, cosine=cosine, tile=tile)
     want = oracle(x, directions, centre, offset, scale, cosine)
     assert got.shape == (N, E) and got.dtype == np.float32
