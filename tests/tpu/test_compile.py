@@ -137,3 +137,23 @@ def test_decode_loop_compiles_and_updates_its_cache_in_place(chip):
     report("SMOLLM2 decode", compiled, limit)
     cache = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state.cache))
     assert compiled.memory_analysis().alias_size_in_bytes >= cache, "the donated cache is not updated in place"
+
+
+def test_reading_a_dataset_compiles_with_its_kernels():
+    """Standardised scores pooled over each row and the batch's top tokens, attention sinks left out: what a dataset is read by."""
+    sharding = SingleDeviceSharding(topologies.get_topology_desc("v5e:2x2", "tpu").devices[0])
+    config, rows = SMOLLM2, 512
+    weights, _, _, bank = inputs(config)
+    batch = TokenBatch(np.zeros((rows, 64), np.int32), np.full(rows, 64, np.int32))
+    wanted = {"resid_post": [24]}
+    z = np.ones(bank.shape[:2], np.float32)
+    probes = capture.resolve(
+        config, Capture(pooled=wanted, top=wanted, directions=bank, offset=z, scale=z, sinks=False, k=40), batch
+    )
+
+    def run(weights, ids, probes):
+        return model.forward(config, weights, ids, probes=probes)[2]
+
+    lowered = jax.jit(run).lower(*on(sharding, (weights, batch.ids, probes)))
+    assert "tpu_custom_call" in lowered.as_text(), "the pooling is a kernel"
+    report("SMOLLM2 dataset reading", lowered.compile(), 16 << 30)
