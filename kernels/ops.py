@@ -5,7 +5,7 @@ One program holds every platform's implementation until it is lowered, for one p
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from importlib import import_module
 
 import jax
@@ -21,7 +21,7 @@ from jaxemo.kernels.steer_project.reference import steer_project as steer_projec
 from jaxemo.kernels.top_tokens.reference import top_tokens as top_tokens_reference
 
 PLATFORMS = ("tpu", "cuda")
-REFERENCES = {
+REFERENCES: dict[str, Callable] = {
     "project": project_reference,
     "project_pool": project_pool_reference,
     "top_tokens": top_tokens_reference,
@@ -107,14 +107,15 @@ def _run(*arrays, work: choice.Work, impl: str, interpret, **options):
     return differentiable(*arrays)
 
 
-def _for_each_platform(reference: Callable, kernels: dict[str, Callable], *arrays):
+def _for_each_platform(reference: Callable, kernels: Mapping[str, Callable], *arrays):
     flat, tree = jax.tree.flatten(arrays)
-    traced = [
-        jax.make_jaxpr(lambda *flat, run=run: run(*tree.unflatten(flat)), return_shape=True)(*flat)
-        for run in (reference, *kernels.values())
-    ]
-    out = op_p.bind(*flat, platforms=tuple(kernels), branches=tuple(branch for branch, _ in traced))
-    return jax.tree.unflatten(jax.tree.structure(traced[0][1]), out)
+
+    def branch(run):
+        return jax.make_jaxpr(lambda *flat: run(*jax.tree.unflatten(tree, flat)))(*flat)
+
+    branches = tuple(map(branch, (reference, *kernels.values())))
+    out = op_p.bind(*flat, platforms=tuple(kernels), branches=branches)
+    return jax.tree.unflatten(jax.tree.structure(jax.eval_shape(reference, *arrays)), out)
 
 
 def _work(op: str, x, directions, centre=None, cosine=False, bank=None) -> choice.Work:
