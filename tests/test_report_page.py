@@ -271,11 +271,15 @@ def verdict(found, vectors, test):
 
 def test_conclusions_follow_the_numbers():
     vectors, found = made_up()
-    strong = dataclasses.replace(found.implicit, p=0.0002, hits=12)
+    strong = dataclasses.replace(found.implicit, p=0.0002, hits=12, guesses=told_by(0.8, 0.3, 0.1))
     (v,) = verdict(dataclasses.replace(found, implicit=strong), vectors, "implicit")
     assert v.holds and f"above every one of {len(strong.random_hits)} random draws" in v.text and v.mark == "✓ holds:"
+    own = strong.guesses.guesses["directions"]
+    alike = dataclasses.replace(strong.guesses, guesses={**strong.guesses.guesses, "bag of words": own})
+    (v,) = verdict(dataclasses.replace(found, implicit=dataclasses.replace(strong, guesses=alike)), vectors, "implicit")
+    assert v.holds is None and "not told from a bag of words" in v.text, "words alone do as well"
     (v,) = verdict(dataclasses.replace(found, implicit=dataclasses.replace(strong, p=0.03)), vectors, "implicit")
-    assert v.holds is None and "cannot be told from chance" in v.text, "0.03 is not small among five"
+    assert v.holds is None and "cannot be told from chance" in v.text, "0.03 is not small among so many"
     (v,) = verdict(dataclasses.replace(found, implicit=dataclasses.replace(strong, p=0.5, hits=0)), vectors, "implicit")
     assert v.holds is False and v.mark == "✗ does not hold:"
     assert [

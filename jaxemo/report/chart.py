@@ -209,7 +209,7 @@ def chart(
     """
     tall = max([len(text) for _, text, _ in x.ticks], default=0) * LETTER if upright else LINE
     wide = max([len(text) for _, text, _ in y.ticks], default=0) * LETTER
-    left, right, top = math.ceil(min(wide, 180) + 12), 10, 8 if plain else 32
+    left, right, top = math.ceil(min(wide, 210) + 12), 10, 8 if plain else 32
     bottom = math.ceil(min(tall, 170) + 12) + (LINE if x.label else 0)
     w = width - left - right
     h = height or w

@@ -164,12 +164,13 @@ def numbers(found: prompts.Numbers) -> Markup:
             f'<rect class="area c4" x="{a:.4f}" y="{where - half:.4f}" width="{b - a:.4f}" height="{2 * half:.4f}"/>'
         )
     expected = ["rise" if sign > 0 else "fall" for sign in found.expected]
+    whole = [f"{t} · {e}" for t, e in zip(found.templates, found.emotions, strict=True)]
     marks = chart.dots(
         x,
         y,
         found.control_slope,
         at,
-        [f"{n}: the harmless count {signed(s)}" for n, s in zip(names, found.control_slope, strict=True)],
+        [f"{n}: the harmless count {signed(s)}" for n, s in zip(whole, found.control_slope, strict=True)],
         "c1",
         "square",
     )
@@ -180,7 +181,7 @@ def numbers(found: prompts.Numbers) -> Markup:
         at,
         [
             f"{n} should {way}: {signed(s)}, rho {signed(r)}, 95 % of random directions {signed(a)} to {signed(b)}"
-            for n, way, s, r, a, b in zip(names, expected, found.slope, found.rho, low, high, strict=True)
+            for n, way, s, r, a, b in zip(whole, expected, found.slope, found.rho, low, high, strict=True)
         ],
         "c0",
     )

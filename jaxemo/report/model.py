@@ -31,6 +31,10 @@ from jaxemo.language_model import LanguageModel
 from jaxemo.report import figures, page
 from jaxemo.report.figures import percent, signed
 
+LEARNT = {
+    "bag of words": "a bag of words",
+    "embedding table": "the embedding table",
+}  # baselines, as a sentence has them
 STABLE = 0.9  # a median bootstrap self-cosine from which directions count as stable
 
 
@@ -244,11 +248,9 @@ def verdicts(report: Report) -> list[Verdict]:
     A p counts where it is below 0.05 divided by the number of results with a p on the page (Bonferroni).
     """
     found = report.found
-    tested = (
-        sum(name in found for name in ("implicit", "numbers", "clusters"))
-        + 2 * ("affect" in found)
-        + len(found.get("stories", ()))
-    )
+    classified = [*found.get("stories", ()), *([found["implicit"].guesses] if "implicit" in found else ())]
+    tested = sum(name in c.guesses for c in classified for name in LEARNT) + 2 * ("affect" in found)
+    tested += sum(name in found for name in ("implicit", "numbers", "clusters"))
     level = 0.05 / max(1, tested)
     out: list[Verdict] = []
     if "self-cosine" in found:
@@ -267,12 +269,15 @@ def verdicts(report: Report) -> list[Verdict]:
         i = found["implicit"]
         most = int(i.random_hits.max())
         beyond = i.p < level, i.hits > most
+        learnt, said = _beside(i.guesses, 1, level)
+        rate = i.guesses.rates(next(iter(i.guesses.guesses)))[0]
         out.append(
             Verdict(
                 "implicit",
-                all(beyond) or (None if any(beyond) else False),
+                learnt or None if all(beyond) else (None if any(beyond) else False),
                 f"Before the answer, {i.hits} of {len(i.names)} emotions are largest on their own prompts ({_than(i.hits, i.random_hits)}); "
-                f"own scores {'are' if beyond[0] else 'cannot be told from chance: they are'} above permuted ones at {p_of(i.p)}.",
+                f"own scores {'are' if beyond[0] else 'cannot be told from chance: they are'} above permuted ones at {p_of(i.p)}. "
+                f"Single prompts are told for {percent(rate[0], 1)} [{percent(rate[1], 1)}, {percent(rate[2], 1)}]{said}.",
             )
         )
     if "numbers" in found:
@@ -359,9 +364,8 @@ def _than(value, draws) -> str:
 
 
 def _told(found: Classification, level: float = 0.05) -> Verdict:
-    """Above every random draw, above the majority's interval, and better than a bag of words by an exact sign test over texts."""
+    """Holds above every random draw, above what is commonest, and better than the baselines that learn; in part without the last."""
     tested, n = next(iter(found.guesses)), len(found.labels)
-    own = found.guesses[tested].rank[0] < classification.TOP
     rate, low, high = found.rates(tested)[1]
     random, common = (found.guesses[name].rank < classification.TOP for name in ("random directions", "majority"))
     above = rate > random.mean(1).max() and low > common.mean()
@@ -370,12 +374,8 @@ def _told(found: Classification, level: float = 0.05) -> Verdict:
         f"[{percent(low, 1)}, {percent(high, 1)}]: {_than(rate, random.mean(1))}, "
         f"{'above' if low > common.mean() else 'not told from'} always guessing the commonest ({percent(common.mean(), 1)})"
     )
-    better: bool | None = True
-    if "bag of words" in found.guesses:
-        words = found.guesses["bag of words"].rank[0] < classification.TOP
-        p = sign_test(own, words)
-        better = bool(own.mean() > words.mean()) if p < level else None
-        text += f", {'better than' if better else 'worse than' if better is False else 'not told from'} a bag of words ({percent(words.mean(), 1)}, {p_of(p)})"
+    better, said = _beside(found, classification.TOP, level)
+    text += said
     if figures.metrics(found) == 3:
         ways = {name: found.rates(name)[2] for name in (tested, tested + AVERAGED) if name in found.guesses}
         text += "; the family is right for " + ", ".join(
@@ -383,6 +383,20 @@ def _told(found: Classification, level: float = 0.05) -> Verdict:
         )
         text += f" (always guessing the commonest {percent(found.rates('majority')[2][0], 1)})"
     return Verdict("stories", (True if better else None) if above else False, text + ".")
+
+
+def _beside(found: Classification, top: int, level: float) -> tuple[bool, str]:
+    """Whether the tested directions have the right answer among the first `top` for more texts than each baseline that learns, by an
+    exact sign test over texts, and the end of a sentence that says so."""
+    own = next(iter(found.guesses.values())).rank[0] < top
+    better, text = True, ""
+    for name in (name for name in LEARNT if name in found.guesses):
+        other = found.guesses[name].rank[0] < top
+        p, more = sign_test(own, other), bool(own.mean() > other.mean())
+        better = better and p < level and more
+        than = ("better than" if more else "worse than") if p < level else "not told from"
+        text += f", {than} {LEARNT[name]} ({percent(other.mean(), 1)}, {p_of(p)})"
+    return better, text
 
 
 def sign_test(a: np.ndarray, b: np.ndarray) -> float:
