@@ -20,7 +20,7 @@ COOL, WARM, GREY = "#2a6fbb", "#c8600a", "#8a8a8a"  # below, above (told apart i
 DIVERGING = ("#14488a", COOL, "#f4f4f4", WARM, "#7d3500")
 SEQUENTIAL = ("#f4f4f4", "#9dc3e6", COOL, "#14488a", "#0a2547")
 WIDTH = 640  # pixels, without the script
-LETTER, LINE = 6.3, 14.0  # pixels that a letter of 11 px is wide on average, and a line high
+LETTER, LINE = 6.8, 14.0  # pixels that a letter of 11 px is wide on average, in a wide face, and a line high
 
 
 class Axis(NamedTuple):

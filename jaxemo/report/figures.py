@@ -1,5 +1,6 @@
 """The figures of a model's report: of each result, what is drawn and what a reader is told who points at it."""
 
+import textwrap
 from collections.abc import Sequence
 
 import numpy as np
@@ -149,7 +150,10 @@ def implicit(found: prompts.Implicit) -> tuple[Markup, float]:
 
 def numbers(found: prompts.Numbers) -> Markup:
     """A row a pair of template and emotion: its slope, that of the harmless count, and where random directions lie."""
-    names = [f"{t[:16]} · {e}" for t, e in zip(found.templates, found.emotions, strict=True)]
+    names = [
+        f"{textwrap.shorten(t, 20, placeholder='…')} · {e}"
+        for t, e in zip(found.templates, found.emotions, strict=True)
+    ]
     low, high = np.quantile(found.random_slope, [0.025, 0.975], axis=0)
     y = chart.categories(names)
     x = numeric(
@@ -191,7 +195,7 @@ def numbers(found: prompts.Numbers) -> Markup:
         y,
         plane,
         marks,
-        height=24 * len(names),
+        height=18 * len(names),
     ) + legend(
         ("dot", "c0", "the number matters"),
         ("square", "c1", "harmless count of the same numbers"),
