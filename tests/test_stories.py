@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import jaxemo
+from jaxemo import params
 from jaxemo.emotions import corpus, quality, stories
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
@@ -25,16 +26,17 @@ def encode(text):
 
 @pytest.fixture
 def writes(lm, monkeypatch):
-    """Have the model write what `text(emotion, seed)` says, and count its batches."""
+    """Have the model write what `text(emotion, seed)` says, and count its batches; `use.asked` is how it was asked to."""
     calls = []
 
-    def use(text):
-        def generate(self, prompts, steering, new_tokens, *, seed, **_):
+    def use(text, length=150):
+        def generate(self, prompts, steering, new_tokens, *, seed, **settings):
             calls.append(len(prompts))
+            use.asked = (steering, new_tokens, settings)
             written = [
                 text(p[0]["content"] if isinstance(p, list) else p, s) for p, s in zip(prompts, seed, strict=True)
             ]
-            return SimpleNamespace(texts=written, lengths=np.full(len(written), 150))
+            return SimpleNamespace(texts=written, lengths=np.full(len(written), length))
 
         monkeypatch.setattr(type(lm), "generate", generate)
         return calls
@@ -120,6 +122,88 @@ def test_another_store_or_file_is_refused_untouched(lm, tmp_path, writes):
         stories.write(lm, tmp_path / "new.jsonl", topics=999)
 
 
+def test_the_model_is_asked_with_the_settings_given_and_for_no_row_too_many(lm, tmp_path, writes):
+    calls = writes(lambda prompt, seed: SHIPPED[0].text)
+    stories.write(lm, tmp_path / "s.jsonl", ["sad"], TOPICS[:1], temperature=0.3, top_p=0.7, progress=False)
+    assert calls == [1]
+    assert writes.asked == (None, stories.NEW_TOKENS, {"temperature": 0.3, "top_p": 0.7})
+
+
+@pytest.mark.parametrize(("short", "end"), [(0, ""), (1, " And the")])
+def test_a_story_is_cut_to_whole_sentences_only_where_the_tokens_ran_out(lm, tmp_path, writes, short, end):
+    writes(lambda prompt, seed: SHIPPED[0].text + " And the", stories.NEW_TOKENS - short)
+    stories.write(lm, tmp_path / "s.jsonl", ["sad"], TOPICS[:1], progress=False)
+    assert json.loads((tmp_path / "s.jsonl").read_text())["text"] == SHIPPED[0].text + end
+
+
+def test_a_store_goes_on_with_the_same_weights_wording_and_descriptions_only(lm, tmp_path, writes, monkeypatch):
+    writes(lambda prompt, seed: SHIPPED[0].text)
+    out = tmp_path / "s.jsonl"
+
+    def go_on(model=lm, topics=TOPICS):
+        return stories.write(model, out, ["sad"], topics, rows=2, progress=False).fresh
+
+    def model(weights, name=lm.source):
+        return jaxemo.LanguageModel(lm.config, weights, lm.tokenizer, name)
+
+    assert go_on() == 2 and go_on(model(lm.params, "elsewhere/m.gguf")) == 0 and go_on(topics=TOPICS[:1]) == 0
+    written = out.read_bytes()
+    for other in (model(params.init(lm.config)), jaxemo.load(GOLDEN / "gqa_tied.gguf", dtype="bfloat16")):
+        with pytest.raises(ValueError, match=r"was written with .*'weights'"):
+            go_on(other)
+    with pytest.raises(ValueError, match="on 'oven' as 'an oven that will not heat', not 'x'"):
+        go_on(topics=[TOPICS[0], ("oven", "x")])
+    with pytest.raises(ValueError, match="two have one name"):
+        go_on(topics=[TOPICS[0], ("ferry", "x")])
+    for name, value in (("NEW_TOKENS", 5), ("_prompt", lambda lm, emotion, about: f"{about}: {emotion}")):
+        with monkeypatch.context() as patch, pytest.raises(ValueError, match="was written with"):
+            patch.setattr(stories, name, value)
+            go_on()
+    assert out.read_bytes() == written
+    out.write_bytes(written + written)
+    with pytest.raises(ValueError, match=r"holds two stories \('sad', 'ferry', 0\)"):
+        go_on()
+
+
+def test_two_runs_never_write_one_store(lm, tmp_path, writes):
+    out, errors = tmp_path / "s.jsonl", []
+
+    def text(prompt, seed):
+        with pytest.raises(BlockingIOError, match="is being written by another run") as error:
+            stories.write(lm, out, ["sad"], TOPICS[:1], progress=False)
+        errors.append(error)
+        return SHIPPED[0].text
+
+    writes(text)
+    assert stories.write(lm, out, ["sad"], TOPICS[:1], progress=False).asked == len(errors) == 1
+    assert stories.write(lm, out, ["sad"], TOPICS[:1], progress=False).fresh == 0, "and lets go of it"
+
+
+def test_emotions_are_stripped_and_written_on_once(lm, tmp_path, writes):
+    writes(lambda prompt, seed: "Sadly, " + SHIPPED[0].text)
+    summary = stories.write(lm, tmp_path / "s.jsonl", [" sad", "calm", "sad "], TOPICS[:1], progress=False)
+    records = [json.loads(line) for line in (tmp_path / "s.jsonl").read_text().splitlines()]
+    assert [(r["emotion"], r["rejected"]) for r in records] == [("sad", "named the emotion"), ("calm", None)]
+    assert summary.asked == 2
+
+
+def test_a_refusal_is_told_from_a_story_in_the_first_person():
+    for text in ("I'm sorry, but I cannot write that.", "Sorry, I can’t help with that.", "I won't create such a scene.",
+                 "As an AI, I have no feelings.", "I'm unable to fulfill this request.", "I apologize, but I can't assist you.",
+                 "**I cannot in good conscience continue.**", "I am not able to provide it.", "I'm afraid I cannot comply."):  # fmt: skip
+        assert stories.REFUSAL.match(text), text
+    for text in ("I can't feel my hands on the rail.", "Sorry was all he could say.", "I'm afraid of the stairs tonight.",
+                 "I won't look at the clock again.", "I can't help smiling.", "I cannot breathe. I write to her."):  # fmt: skip
+        assert not stories.REFUSAL.match(text), text
+    assert not any(stories.REFUSAL.match(story.text) for story in SHIPPED)
+
+
+def test_a_corpus_may_hold_any_line_separator_inside_its_texts(tmp_path):
+    text = "one\u2028two\u0085three"
+    (tmp_path / "c.jsonl").write_text(json.dumps({"emotion": "a", "text": text}, ensure_ascii=False) + "\n", "utf-8")
+    assert [story.text for story in corpus.load(tmp_path / "c.jsonl").stories] == [text]
+
+
 def test_a_story_depends_on_its_seed_and_subject_alone(lm, tmp_path, writes):
     """Whatever shares its batch: the seeds given to the model are of the story."""
     seeds = {}
@@ -143,6 +227,13 @@ def test_the_model_writes_for_real(tmp_path, monkeypatch):
 def test_a_text_that_breaks_off_ends_with_its_last_whole_sentence():
     assert stories._tidy("**A title**\nOne. Two!\n\nThr", True) == "One. Two!"
     assert stories._tidy("One. Two and three", False) == "One. Two and three"
+    assert stories._tidy("One. Two.", True) == "One. Two."
+    for text in (
+        "He was **fine** and left.\nThe door closed.",
+        "It was bay # 4.\nThe door.",
+        "**Now** he ran.\nThe door.",
+    ):
+        assert stories._tidy(text, False) == text.replace("\n", " ")
 
 
 # ---- quality ---------------------------------------------------------------------------------------------------------
@@ -164,7 +255,7 @@ def test_each_fault_is_found_and_named():
     assert problems(3, base[1].text) == ("calm, meal (4): nearly repeats sad, meal (2)",)
     assert problems(3, base[3].text, "call") == (
         "calm, call: 2 stories where others have 1", "calm, meal: 0 stories where others have 1",
-    ) or len(problems(3, base[3].text, "call")) == 2  # fmt: skip
+    )  # fmt: skip
     run = "one two three four five six seven"
     many = [s._replace(text=f"{s.text} {run}") for s in base]
     assert quality.check(many, encode).problems == (f"{run!r} stands in 4 stories, the first sad, call (1)",)

@@ -110,7 +110,7 @@ def load(path: str | os.PathLike) -> Corpus:
 
 def _stories(where: str, text: str) -> tuple[Story, ...]:
     stories = []
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(text.split("\n"), 1):  # JSON strings may hold what else splitlines() breaks at
         if not line.strip():
             continue
         try:

@@ -7,6 +7,7 @@ story depends only on the seed and what it is about: the work goes on where it w
 
 import collections
 import dataclasses
+import fcntl
 import hashlib
 import json
 import os
@@ -17,15 +18,19 @@ from typing import Any
 
 from tqdm import tqdm
 
-from jaxemo import files
+from jaxemo import files, params
 from jaxemo.emotions import corpus, quality
 from jaxemo.language_model import LanguageModel
 
 PAPER = 205_200  # stories
 NEW_TOKENS = 224
-REFUSAL = re.compile(r"\W*(i['’]?m (?:sorry|afraid|unable|not able)|i (?:can(?:no|['’])t|cannot|won['’]t)|sorry\b|as an ai\b|i apologi[sz]e)",
-                     re.IGNORECASE)  # fmt: skip
-TITLE = re.compile(r"\s*(?:\*\*|#+ |title:)[^\n]*\n", re.IGNORECASE)
+REFUSAL = re.compile(  # first-person stories open with "I can't feel my hands" too: what is not done must be the writing
+    r"\W*(?:(?:(?:i['’]?m |i am )?(?:(?:so|very|truly) )?(?:sorry|afraid)|i apologi[sz]e|unfortunately)\b.{0,60}?)?"
+    r"\b(?:as an ai\b|i(?: can(?:no|['’]| no)t| won['’]t| will not|['’]?m unable to|['’]?m not able to| am unable to| am not able to)"
+    r" (?:\w+ ){0,3}?(?:(?:write|fulfil+|provide|create|comply|continue|generate|produce)\b|(?:help|assist)(?: you\b| with\b|[.,!])))",
+    re.IGNORECASE,
+)
+TITLE = re.compile(r"\A\s*(?:\*\*[^*\n]+\*\*:?[^\S\n]*|#+ [^\n]*|title:[^\n]*)\n", re.IGNORECASE)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,68 +90,92 @@ def write(
 
     Args:
       out: a JSONL file, which may hold part of the work already.
-      emotions: by default the 171 of the study.
+      emotions: by default the 171 of the study. Of another word, only the word itself is kept out of its stories.
       topics: how many of the 100 that come with jaxemo, or (name, description) pairs of your own.
 
     Rejected are refusals, stories that name their emotion, that are too short or repeat their words (see `quality.faults`) and
-    near-duplicates of those kept. Raises ValueError for emotions without a name to check, or a store of other settings.
+    near-duplicates of those kept. Raises ValueError for emotions without a name to check, topics of one name, or a store of
+    other settings, weights, wording or descriptions; BlockingIOError for a store that is being written.
     """
     names = tuple(emotions) if emotions is not None else tuple(row["emotion"] for row in corpus.table("emotions.csv"))
     subjects = _topics(topics) if isinstance(topics, int) else list(topics)
     if not names or not subjects or any(not isinstance(name, str) or not name.strip() for name in names):
         raise ValueError(f"emotions={emotions!r}, topics={topics!r}: at least one of each is needed")
+    names = tuple(dict.fromkeys(name.strip() for name in names))
+    abouts = dict(subjects)
+    if len(abouts) < len(subjects):
+        raise ValueError(f"topics={topics!r}: two have one name; give each its own")
     files.check_writable(out)
-    by = {"model": lm.source, "seed": seed, "temperature": temperature, "top_p": top_p}
-    seen, done = quality.Seen(), set()
-    kept: collections.Counter = collections.Counter()
-    for record in _store(out):
-        if record["by"] != by:
-            raise ValueError(f"{os.fspath(out)!r} was written with {record['by']}, not {by}; write elsewhere")
-        done.add((record["emotion"], record["topic"], record["n"]))
-        kept[record["rejected"]] += 1
-        if not record["rejected"]:
-            seen.duplicate(str(len(done)), record["text"])
-    jobs = [
-        (name, *subject, n)
-        for n in range(per_topic)
-        for subject in subjects
-        for name in names
-        if (name, subject[0], n) not in done
-    ]
-    begin, tokens = time.monotonic(), 0
-    with (
-        open(out, "ab") as file,
-        tqdm(total=len(done) + len(jobs), initial=len(done), unit="story", desc="stories", disable=not progress) as bar,
-    ):
-        for at in range(0, len(jobs), rows):
-            part = jobs[at : at + rows]
-            filled = part + [part[-1]] * (rows - len(part))
-            made = lm.generate(
-                [_prompt(lm, name, about) for name, _, about, _ in filled], None, NEW_TOKENS, temperature=temperature,
-                top_p=top_p, seed=[_seed(seed, name, topic, n) for name, topic, _, n in filled],
-            )  # fmt: skip
-            lines = []
-            for (name, topic, _, n), text, length in zip(part, made.texts, made.lengths, strict=False):
-                story = corpus.Story(name, topic, _tidy(text, int(length) >= NEW_TOKENS))
-                reason = _reason(story, lm, seen, f"{name}/{topic}/{n}")
-                kept[reason] += 1
-                tokens += int(length)
-                lines.append(
-                    {
-                        "emotion": name,
-                        "topic": topic,
-                        "n": n,
-                        "text": story.text,
-                        "rejected": reason,
-                        "tokens": int(length),
-                        "by": by,
-                    }
-                )
-            file.write("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode())
-            file.flush()
-            os.fsync(file.fileno())
-            bar.update(len(part))
-            bar.set_postfix_str(f"{kept[None]:,} kept, {tokens / (time.monotonic() - begin):.0f} tokens/s")
+    wording = json.dumps([_prompt(lm, "EMOTION", "ABOUT"), str(lm.tokenizer.chat_template)])
+    by = {
+        "model": lm.source,
+        "weights": params.fingerprint(lm.params)[:12],
+        "dtype": str(lm.params["embed"].dtype),
+        "prompt": hashlib.sha256(wording.encode()).hexdigest()[:12],
+        "new_tokens": NEW_TOKENS,
+        "seed": int(seed),
+        "temperature": float(temperature),
+        "top_p": float(top_p),
+    }
+    with open(out, "a+b") as file:
+        _lock(file, out)
+        seen, done = quality.Seen(), set()
+        kept: collections.Counter = collections.Counter()
+        for record in _store(file, out):
+            key = (record["emotion"], record["topic"], record["n"])
+            if {**record["by"], "model": lm.source} != by:  # the same weights may lie elsewhere
+                raise ValueError(f"{os.fspath(out)!r} was written with {record['by']}, not {by}; write elsewhere")
+            if record["about"] != abouts.get(record["topic"], record["about"]):
+                raise ValueError(f"{os.fspath(out)!r} has stories on {record['topic']!r} as {record['about']!r}, not "
+                                 f"{abouts[record['topic']]!r}; give that topic another name, or write elsewhere")  # fmt: skip
+            if key in done:
+                raise ValueError(f"{os.fspath(out)!r} holds two stories {key}; take one of the lines out")
+            done.add(key)
+            kept[record["rejected"]] += 1
+            if not record["rejected"]:
+                seen.duplicate(str(len(done)), record["text"])
+        jobs = [
+            (name, *subject, n)
+            for n in range(per_topic)
+            for subject in subjects
+            for name in names
+            if (name, subject[0], n) not in done
+        ]
+        rows = max(min(rows, len(jobs)), 1)
+        begin, tokens = time.monotonic(), 0
+        with tqdm(
+            total=len(done) + len(jobs), initial=len(done), unit="story", desc="stories", disable=not progress
+        ) as bar:
+            for at in range(0, len(jobs), rows):
+                part = jobs[at : at + rows]
+                filled = part + [part[-1]] * (rows - len(part))
+                made = lm.generate(
+                    [_prompt(lm, name, about) for name, _, about, _ in filled], None, NEW_TOKENS, temperature=temperature,
+                    top_p=top_p, seed=[_seed(seed, name, topic, n) for name, topic, _, n in filled],
+                )  # fmt: skip
+                lines = []
+                for (name, topic, about, n), text, length in zip(part, made.texts, made.lengths, strict=False):
+                    story = corpus.Story(name, topic, _tidy(text, int(length) >= NEW_TOKENS))
+                    reason = _reason(story, lm, seen, f"{name}/{topic}/{n}")
+                    kept[reason] += 1
+                    tokens += int(length)
+                    lines.append(
+                        {
+                            "emotion": name,
+                            "topic": topic,
+                            "about": about,
+                            "n": n,
+                            "text": story.text,
+                            "rejected": reason,
+                            "tokens": int(length),
+                            "by": by,
+                        }
+                    )
+                file.write("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode())
+                file.flush()
+                os.fsync(file.fileno())
+                bar.update(len(part))
+                bar.set_postfix_str(f"{kept[None]:,} kept, {tokens / (time.monotonic() - begin):.0f} tokens/s")
     rejected = {reason: count for reason, count in kept.items() if reason}
     return Summary(os.fspath(out), kept.total(), kept[None], rejected, len(jobs), tokens, time.monotonic() - begin)
 
@@ -154,28 +183,37 @@ def write(
 _topics = topics
 
 
-def _store(out) -> list[dict[str, Any]]:
+def _lock(file, out) -> None:
+    """Keep others from writing, until `file` is closed or this process ends. Raises BlockingIOError where another does."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise BlockingIOError(
+            f"{os.fspath(out)!r} is being written by another run; wait for its end or write elsewhere"
+        ) from error
+
+
+def _store(file, out) -> list[dict[str, Any]]:
     """What the store holds; a last line that a kill tore is cut off. Raises ValueError for a file that is no store."""
-    if not os.path.exists(out):
-        return []
-    with open(out, "r+b") as file:
-        written = file.read()
-        whole = written.rfind(b"\n") + 1
-        records = []
-        for number, line in enumerate(written[:whole].splitlines(), 1):
-            try:
-                record = json.loads(line)
-                assert {"emotion", "topic", "n", "text", "rejected", "by"} <= set(record)
-            except (ValueError, TypeError, AssertionError) as error:
-                raise ValueError(
-                    f"{os.fspath(out)!r}, line {number}: this is no store of stories; write elsewhere"
-                ) from error
-            records.append(record)
-        if whole < len(written):
-            start = b'{"emotion": '
-            if not written[whole:].startswith(start[: len(written) - whole]):
-                raise ValueError(f"{os.fspath(out)!r} is no store of stories; write elsewhere")
-            file.truncate(whole)
+    file.seek(0)
+    written = file.read()
+    whole = written.rfind(b"\n") + 1
+    records = []
+    for number, line in enumerate(written[:whole].splitlines(), 1):
+        try:
+            record = json.loads(line)
+            assert {"emotion", "topic", "about", "n", "text", "rejected", "by"} <= set(record)
+            assert isinstance(record["by"], dict)
+        except (ValueError, TypeError, AssertionError) as error:
+            raise ValueError(
+                f"{os.fspath(out)!r}, line {number}: this is no store of stories; write elsewhere"
+            ) from error
+        records.append(record)
+    if whole < len(written):
+        start = b'{"emotion": '
+        if not written[whole:].startswith(start[: len(written) - whole]):
+            raise ValueError(f"{os.fspath(out)!r} is no store of stories; write elsewhere")
+        file.truncate(whole)
     return records
 
 
@@ -201,7 +239,7 @@ def _seed(seed: int, *about) -> int:
 def _tidy(text: str, unfinished: bool) -> str:
     """One paragraph without a title; what breaks off ends with its last whole sentence."""
     text = " ".join(TITLE.sub("", text, count=1).split())
-    if unfinished and (ends := list(re.finditer(r"[.!?][\"'”’)]*(?= )", text))):
+    if unfinished and (ends := list(re.finditer(r"[.!?][\"'”’)]*(?= |\Z)", text))):
         text = text[: ends[-1].end()]
     return text
 
