@@ -1,6 +1,7 @@
 """The command line: the library's verbs. Reads arguments, calls the library, prints; no logic of its own."""
 
 import argparse
+import dataclasses
 import json
 import os
 import pathlib
@@ -15,7 +16,7 @@ MODEL = (
 )
 
 READ = {
-    "z": "standard deviations from neutral text",
+    "z": "standard deviations (of single neutral tokens) from neutral text",
     "projection": "projection on the direction",
     "cosine": "cosine with the direction",
     "centred": "cosine with the direction, centred on these texts",
@@ -148,7 +149,10 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--kind", choices=READ, default="z", help="the score: standard deviations from neutral text (z), the "
                      "projection, its cosine, or the cosine centred on all the texts")  # fmt: skip
     sub.add_argument(
-        "--tokens", default="all", help="tokens to average over: all, last, or in chats user, before_answer, ..."
+        "--tokens",
+        type=_selection,
+        default="all",
+        help="tokens to average over: all, last, 5, 5:20 or -8:, or in chats user, before_answer, ... (all)",
     )
     sub.add_argument(
         "--input", metavar="FILE", help="a dataset: .txt, one text a line, or .jsonl with text or messages"
@@ -194,6 +198,15 @@ def _numbers(text: str) -> list[int]:
             raise argparse.ArgumentTypeError(f"{text!r}: expected layers, for example 24, 20-24 or 3,9,20")
         numbers += these
     return numbers
+
+
+def _selection(text: str):
+    """A token selection: a position, a slice, or a name."""
+    if re.fullmatch(r"-?\d+", text):
+        return int(text)
+    if found := re.fullmatch(r"(-?\d*):(-?\d*)", text):
+        return slice(*(int(bound) if bound else None for bound in found.groups()))
+    return text
 
 
 def _positive(text: str) -> int:
@@ -413,16 +426,19 @@ def _extract(args):
     files.check_writable(args.out)
     begin = time.perf_counter()
     chosen = corpus.named(args.corpus)
-    # Killed at any moment, the same command goes on from where it was.
-    vectors = extract(
-        _load(args), chosen, layers=args.layers or "all", denoise=args.denoise, checkpoint=f"{args.out}.part"
-    )
+    if not chosen.neutral:
+        name = f"{chosen.name}, with jaxemo's neutral texts"
+        chosen = dataclasses.replace(chosen, name=name, neutral=corpus.shipped().neutral)
+    checkpoint = pathlib.Path(f"{args.out}.part")  # killed at any moment, the same command goes on from where it was
+    vectors = extract(_load(args), chosen, layers=args.layers or "all", denoise=args.denoise, checkpoint=checkpoint)
     vectors.save(args.out)
+    checkpoint.unlink(missing_ok=True)
     print(f"{len(vectors.names)} directions at {len(vectors.layers)} layers from {len(chosen.stories)} stories "
           f"({chosen.name}) in {time.perf_counter() - begin:.0f} s, written to {args.out}")  # fmt: skip
-    cosine = sorted(zip(vectors.measured["self_cosine"], vectors.names, strict=True))
-    print(f"bootstrap self-cosine at layer {vectors.layer}: {sum(c for c, _ in cosine) / len(cosine):.2f} on average, from "
-          f"{cosine[0][0]:.2f} ({cosine[0][1]}) to {cosine[-1][0]:.2f} ({cosine[-1][1]})")  # fmt: skip
+    cosine = sorted((c, name) for c, name in zip(vectors.measured["half_cosine"], vectors.names, strict=True) if c == c)
+    if cosine:
+        print(f"directions from two halves of the topics, layer {vectors.layer}: cosine {sum(c for c, _ in cosine) / len(cosine):.2f} on "
+              f"average, from {cosine[0][0]:.2f} ({cosine[0][1]}) to {cosine[-1][0]:.2f} ({cosine[-1][1]})")  # fmt: skip
 
 
 def _corpus(args):
@@ -480,7 +496,7 @@ def _read(args):
             )
         )
         return
-    texts = [line.rstrip("\n") for line in sys.stdin] if args.text == ["-"] else args.text
+    texts = [line.rstrip("\n") for line in sys.stdin if line.strip()] if args.text == ["-"] else args.text
     reading = _load(args).read(texts, vectors, layer=layer, tokens=args.tokens, kind=args.kind)
     print(f"{READ[args.kind]}, mean over tokens, after layer {layer}")
     for text, scores in zip(texts, reading.pooled, strict=True):

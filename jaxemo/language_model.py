@@ -108,6 +108,11 @@ def adjustment(vectors: Directions, kind: str) -> dict[str, Any]:
     if kind not in READ:
         raise ValueError(f"kind={kind!r}; expected one of {', '.join(READ)}")
     if kind == "z":
+        if not vectors.neutral_mean.any() and (vectors.neutral_std == 1).all():  # type: ignore[attr-defined]
+            raise ValueError(
+                "these directions were not calibrated on neutral text, so they have no z-scores; read them as "
+                '"projection", "cosine" or "centred"'
+            )
         return {"offset": vectors.neutral_mean, "scale": 1 / vectors.neutral_std}  # type: ignore[attr-defined]
     return {"cosine": kind != "projection"}
 
@@ -195,17 +200,20 @@ class LanguageModel:
         Args:
           tokens: those that each row's `pooled` is the mean over: any selection, such as "user" or "before_answer".
             Attention sinks among them are left out (see `capture.ordinary`), unless there is nothing else.
-          kind: "projection" on the directions, in the unit of the residual stream; "z", that in standard deviations from
-            neutral text; "cosine"; or "centred", the cosine after the mean of all the texts' `tokens` is taken away. Which
+          kind: "projection" on the directions, in the unit of the residual stream; "z", that less the mean of
+            neutral tokens and in their standard deviations (of single tokens, also where it is pooled); "cosine"; or
+            "centred", the cosine after the mean of all the texts' `tokens` is taken away. Which
             of several emotions a text has most of is told by "z", or by "centred" among texts: a direction's projection
             and cosine have an offset of their own.
         """
-        self.check_directions(vectors)
+        self.check_directions(vectors, "all" if layer is None else layer)
         batch = self._batch(texts)
         lengths = np.asarray(batch.lengths)
         wanted: dict[str, Any] = {"resid_post": "all" if layer is None else [layer]}
         adjust = adjustment(vectors, kind)
         if kind == "centred":
+            if len(lengths) < 2:
+                raise ValueError("a single text cannot be centred on the mean of the texts; give more, or another kind")
             means = Capture(mean=wanted, tokens=tokens, sinks=False)
             mean = np.asarray(self.forward(batch, steering, means, logits=None).captured.mean["resid_post"]).mean(1)
             adjust["centre"] = np.zeros((self.config.n_layers, self.config.d_model), np.float32)
@@ -222,12 +230,18 @@ class LanguageModel:
         return Reading(tuple(vectors.names), words, lengths, scores[0] if one else scores,
                        pooled[0] if one else pooled)  # fmt: skip
 
-    def check_directions(self, vectors) -> None:
-        """Raise TypeError for what is no set of directions, ValueError for those of another model."""
+    def check_directions(self, vectors, layers: Any = ()) -> None:
+        """Raise TypeError for what is no set of directions, ValueError for those of another model or without such layers."""
         if not hasattr(vectors, "directions"):
             raise TypeError(f"{type(vectors).__name__} is no set of directions, as `jaxemo.emotions.extract(lm)` makes one and "
                             "`jaxemo.EmotionVectors.load(path)` reads one")  # fmt: skip
         steering_lib.check_made_for(self.config, getattr(vectors, "made_for", ""))
+        known = tuple(getattr(vectors, "layers", range(self.config.n_layers)))
+        wanted = () if layers == () else steering_lib.resolve_layers(layers, self.config.n_layers)
+        if lacking := sorted(set(wanted) - set(known)):
+            raise ValueError(
+                f"there are no directions at layers {lacking}: these vectors were extracted at {list(known)}"
+            )
 
     def _token(self, index) -> str:
         return str(index) if self._tokenizer is None else self._tokenizer.token(index)
@@ -266,7 +280,7 @@ class LanguageModel:
         if layer is not None and read is None:
             raise ValueError(f"layer={layer} says where to read, but there is nothing to read: give read=")
         if read is not None:
-            self.check_directions(read)
+            self.check_directions(read, getattr(read, "layer", ()) if layer is None else layer)
         if batch.lengths.max() + max_new_tokens > self.config.max_positions:
             raise ValueError(f"{batch.lengths.max()} prompt tokens and {max_new_tokens} new ones exceed the model's "
                              f"{self.config.max_positions} positions")  # fmt: skip

@@ -18,7 +18,9 @@ def vectors(tmp_path):
     rng = np.random.default_rng(0)
     path = tmp_path / "v.safetensors"
     directions = {name: rng.standard_normal((3, 32)) for name in ("glad", "low")}
-    EmotionVectors.from_directions(directions, np.full(3, 5.0)).save(path)
+    made = EmotionVectors.from_directions(directions, np.full(3, 5.0))
+    made.neutral_std[:] = 2.0  # as calibrated
+    made.save(path)
     return str(path)
 
 

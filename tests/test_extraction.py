@@ -1,5 +1,6 @@
 """What extraction streams, keeps and measures, against plain NumPy and scikit-learn; the method itself is in test_emotions."""
 
+import dataclasses
 import pathlib
 
 import hypothesis
@@ -72,7 +73,8 @@ def test_work_killed_anywhere_is_taken_up_to_the_bit(lm, tmp_path, monkeypatch):
         except Killed:
             kills += 1
     assert kills >= 20 and same(found, whole)
-    assert not list(tmp_path.iterdir()), "the checkpoint goes when the work is done"
+    left = 10**6
+    assert same(extract(lm, c, checkpoint=path), whole), "the checkpoint stays until the caller has saved the vectors"
 
 
 def test_a_checkpoint_of_other_work_is_refused(lm, tmp_path, monkeypatch):
@@ -84,6 +86,9 @@ def test_a_checkpoint_of_other_work_is_refused(lm, tmp_path, monkeypatch):
     for other, named in (({"skip": 6}, "skip"), ({"layers": [1]}, "layers"), ({"denoise": 0.3}, "denoise")):
         with pytest.raises(ValueError, match=rf"checkpoint of another extraction, with a different {named}; remove it"):
             extract(lm, some_corpus(), checkpoint=path, **other)
+    other = jaxemo.LanguageModel(lm.config, params.init(lm.config), lm.tokenizer, lm.source)
+    with pytest.raises(ValueError, match="with a different model_sha256; remove it"):
+        extract(other, some_corpus(), checkpoint=path)
     with pytest.raises(ValueError, match="different corpus_sha256, stories"):
         extract(lm, some_corpus(topics=("x", "y")), checkpoint=path)
     assert path.read_bytes() == kept
@@ -135,7 +140,7 @@ def test_what_is_measured_is_what_numpy_finds(lm):
     )  # e, topic, L, D
     means = x.mean(1)
     centred = means - means.mean(0)
-    length, spread = np.linalg.norm(centred, axis=-1), np.sqrt(np.square(x - means[:, None]).sum(-1).mean(1))
+    length, spread = np.linalg.norm(centred, axis=-1), np.sqrt(np.square(x - means[:, None]).sum(-1).sum(1) / 2)
     assert np.allclose(found.measured["length"], length.T, rtol=1e-4)
     assert np.allclose(found.measured["spread"], spread.T, rtol=1e-4)
     # The bootstrap draws topics, the same for all emotions: a topic that only shifts all emotions alike changes nothing.
@@ -146,6 +151,55 @@ def test_what_is_measured_is_what_numpy_finds(lm):
         again -= again.mean(0)
         cosines.append([u @ v / np.linalg.norm(u) for u, v in zip(again, found.directions[found.layer], strict=True)])
     assert np.allclose(found.measured["self_cosine"], np.mean(cosines, 0), atol=1e-4)
+    one, other = (x[:, at, found.layer].mean(1) for at in ([1], [0, 2]))  # every second topic, and the others
+    one, other = one - one.mean(0), other - other.mean(0)
+    halves = np.sum(one * other, 1) / (np.linalg.norm(one, axis=1) * np.linalg.norm(other, axis=1))
+    assert np.allclose(found.measured["half_cosine"], halves, atol=1e-4)
+
+
+def test_a_single_story_is_no_certainty(lm):
+    c = some_corpus()
+    few = dataclasses.replace(c, stories=(c.stories[0], *c.stories[3:]))  # one story of "glad", three of the others
+    found = extract(lm, few)
+    for name in ("self_cosine", "half_cosine"):
+        assert np.isnan(found.measured[name]).tolist() == [True, False, False, False]
+    assert np.isnan(found.measured["spread"][:, 0]).all() and np.isfinite(found.measured["spread"][:, 1:]).all()
+
+
+def test_only_the_tokens_from_skip_to_longest_without_sinks_are_read(lm, monkeypatch):
+    asked = []
+    forward = type(lm).forward
+
+    def spy(self, batch, steering=None, capture=None, **kwargs):
+        asked.append(capture)
+        return forward(self, batch, steering, capture, **kwargs)
+
+    monkeypatch.setattr(type(lm), "forward", spy)
+    texts = [" ".join(WORDS), " ".join(WORDS[:12])]
+    means, _ = extraction.pooled(lm, texts, skip=5, longest=8)
+    assert not any(capture.sinks for capture in asked)
+    cut = [lm.tokenizer.decode(lm.tokenizer.encode(text)[:8]) for text in texts]
+    assert np.allclose(means, extraction.pooled(lm, cut, skip=5)[0], atol=1e-5)
+
+
+def test_every_short_text_is_named_before_the_work(lm):
+    c = some_corpus()
+    short = dataclasses.replace(c, neutral=(*c.neutral, "one two", "three"))
+    with pytest.raises(ValueError, match=r"a text has \d tokens, more than 5 are needed: 'one two', and 1 others"):
+        extract(lm, short)
+
+
+def test_layers_and_scores_that_are_not_there_are_refused(lm):
+    vectors = extract(lm, some_corpus(), layers=[2])
+    for call in (lambda: lm.read("one two", vectors, layer=0), lambda: lm.read("one two", vectors),
+                 lambda: lm.generate("one two", max_new_tokens=2, read=vectors, layer=1)):  # fmt: skip
+        with pytest.raises(ValueError, match=r"no directions at layers \[.*\]: these vectors were extracted at \[2\]"):
+            call()
+    controls = vectors.random(3)
+    with pytest.raises(ValueError, match="not calibrated on neutral text, so they have no z-scores"):
+        lm.read("one two", controls, layer=2, kind="z")
+    with pytest.raises(ValueError, match="a single text cannot be centred"):
+        lm.read("one two", vectors, layer=2, kind="centred")
 
 
 @hypothesis.given(st.integers(0, 10**6), st.sampled_from([(3, 40), (40, 6), (7, 7)]), st.floats(0.05, 0.95))

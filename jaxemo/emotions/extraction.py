@@ -9,7 +9,6 @@ import dataclasses
 import importlib.metadata
 import json
 import os
-import pathlib
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -57,13 +56,16 @@ def extract(
       longest: tokens of each text that are read at most.
       max_tokens: tokens in a batch, padding included; the memory to spend.
       checkpoint: a file that the sums are kept in while the work goes on. Where it exists, work is taken up from it, and the
-        result is the same to the bit; once done it is removed.
+        result is the same to the bit. It is left there: remove it once the vectors are saved.
 
     `measured` holds, for the directions before denoising, the `length [L, E]` of each emotion's mean from the mean over emotions
-    and the `spread [L, E]` of its stories (root mean square distance from their mean), and the `self_cosine [E]` at
-    `vectors.layer`: the mean cosine of a direction with itself extracted from a bootstrap sample of the topics.
+    and the `spread [L, E]` of its stories (root mean square distance from their mean); and at `vectors.layer` two cosines, NaN
+    for emotions on fewer than two topics. `half_cosine [E]` is that of the directions from two halves of the topics: about 0
+    for labels without meaning. `self_cosine [E]` is the mean cosine of a direction with itself extracted from a bootstrap
+    sample of the topics, as the paper reports it; the sample shares stories with the whole, so that labels without meaning
+    reach about 0.7.
 
-    Raises ValueError for fewer than two emotions, a text of no more than `skip` tokens, no neutral texts to denoise with, or
+    Raises ValueError for fewer than two emotions, texts of no more than `skip` tokens, no neutral texts to denoise with, or
     a checkpoint of another extraction.
     """
     corpus = corpus or corpus_lib.shipped()
@@ -83,6 +85,8 @@ def extract(
     if denoise and len(corpus.neutral) < 2:
         raise ValueError(f"{corpus.name}: no neutral texts to denoise with; add some or use denoise=0")
     at = sorted(resolve_layers(layers, lm.config.n_layers))
+    denoise, skip, max_tokens = float(denoise), int(skip), int(max_tokens)
+    longest = min(int(longest), lm.config.max_positions)
     provenance: dict[str, Any] = {
         "model": lm.source,
         "made_for": lm.config.outline,
@@ -93,7 +97,7 @@ def extract(
         "stories": len(corpus.stories),
         "neutral_texts": len(corpus.neutral),
         "layers": at,
-        "skip": int(skip),
+        "skip": skip,
         "longest": longest,
         "max_tokens": max_tokens,
         "denoise": denoise,
@@ -105,8 +109,8 @@ def extract(
     D, count = lm.config.d_model, state["count"]
     means = np.moveaxis(state["sum"] / count[:, None, None], 0, 1)  # [n, E, D]
     raw = means - means.mean(1, keepdims=True)
-    square = np.moveaxis(state["square"] / count[:, None], 0, 1)
-    spread = np.sqrt(np.maximum(square - np.sum(means**2, -1), 0))
+    scatter = np.moveaxis(state["square"], 0, 1) - count * np.sum(means**2, -1)
+    spread = np.sqrt(np.maximum(scatter, 0) / np.where(count > 1, count - 1, np.nan))
     bases = (
         [main_components(triangle, denoise) for triangle in state["neutral"]]
         if denoise
@@ -126,16 +130,16 @@ def extract(
         made = EmotionVectors.from_directions(of, everywhere(state["norm"] / len(corpus.stories)), provenance)
         return dataclasses.replace(made, **also)
 
+    self_cosine, half_cosine = _stability(state, clean[reading], bases[reading])
     measured = {
-        "self_cosine": _self_cosine(state, clean[reading], bases[reading]).astype(np.float32),
+        "self_cosine": self_cosine.astype(np.float32),
+        "half_cosine": half_cosine.astype(np.float32),
         "length": everywhere(np.linalg.norm(raw, axis=-1)).astype(np.float32),
         "spread": everywhere(spread).astype(np.float32),
     }
     found = vectors(clean, raw=vectors(raw) if denoise else None, measured=measured)
     if corpus.neutral:
         found = calibrate(lm, found, corpus.neutral, skip, max_tokens, progress, longest)
-    if checkpoint is not None:
-        pathlib.Path(checkpoint).unlink(missing_ok=True)
     return found
 
 
@@ -143,8 +147,8 @@ def _sums(lm, corpus, at, skip, longest, max_tokens, checkpoint, provenance, pro
     """One pass over stories and neutral texts: the sums that everything else follows from.
 
     `sum [E, n, D]`, `count [E]`, `square [E, n]` of squared lengths, `norm [n]` of stories' mean residual norms; `neutral
-    [n, r, 1 + D]`, whose product with itself is that of the rows (1, mean of a neutral text); `boot [R, E, D]` and
-    `boot_count [R, E]`, sums at the reading layer in which every topic counts as often as a bootstrap replicate drew it.
+    [n, r, 1 + D]`, whose product with itself is that of the rows (1, mean of a neutral text); `boot [R + 2, E,
+    D]` and `boot_count [R + 2, E]`, sums at the reading layer in which every topic counts as often as it was drawn (`_draws`).
     """
     n, D, E = len(at), lm.config.d_model, len(corpus.emotions)
     index = {name: e for e, name in enumerate(corpus.emotions)}
@@ -157,12 +161,13 @@ def _sums(lm, corpus, at, skip, longest, max_tokens, checkpoint, provenance, pro
         "square": np.zeros((E, n)),
         "norm": np.zeros(n),
         "neutral": np.zeros((n, 0, 1 + D)),
-        "boot": np.zeros((REPLICATES, E, D)),
-        "boot_count": np.zeros((REPLICATES, E)),
+        "boot": np.zeros((REPLICATES + 2, E, D)),
+        "boot_count": np.zeros((REPLICATES + 2, E)),
     }
     if checkpoint is not None:
         state = _restored(checkpoint, provenance, state)
     texts = [story.text for story in corpus.stories] + list(corpus.neutral)
+    _long_enough(texts, (len(lm.tokenizer.encode(text)) for text in texts), min(skip, longest - 1))
     saved = time.monotonic()
     chunk, skipped = int(state["done"][0]), int(state["done"][1])
     with tqdm(total=len(texts), initial=chunk, unit="text", desc="stories", disable=not progress) as bar:
@@ -202,14 +207,20 @@ def _sums(lm, corpus, at, skip, longest, max_tokens, checkpoint, provenance, pro
 def _means(lm, texts, at, skip, longest, max_tokens, skipped=0) -> Iterator[tuple[list[int], np.ndarray, np.ndarray]]:
     """Batches of texts as (indices, mean residual stream `[n, b, D]`, mean residual norm `[n, b]`), the first `skipped` left out."""
     rows = [np.array(lm.tokenizer.encode(text)[:longest], np.int32) for text in texts]
-    for text, row in zip(texts, rows, strict=True):
-        if len(row) <= skip:
-            raise ValueError(f"a text has {len(row)} tokens, more than {skip} are needed: {text[:60]!r}")
+    _long_enough(texts, map(len, rows), skip)
     wanted = {"resid_post": at}
     capture = Capture(mean=wanted, mean_norm=wanted, tokens=slice(skip, None), sinks=False)
     for indices, batch in length_batches(rows, max_tokens)[skipped:]:
         captured = lm.forward(batch, capture=capture, logits=None).captured
         yield indices, np.asarray(captured.mean["resid_post"]), np.asarray(captured.mean_norm["resid_post"])
+
+
+def _long_enough(texts, lengths, skip: int) -> None:
+    short = [(text, n) for text, n in zip(texts, lengths, strict=True) if n <= skip]
+    if short:
+        text, n = short[0]
+        others = f", and {len(short) - 1} others" if len(short) > 1 else ""
+        raise ValueError(f"a text has {n} tokens, more than {skip} are needed: {text[:60]!r}{others}")
 
 
 def pooled(
@@ -229,7 +240,7 @@ def pooled(
 
 
 def _draws(stories) -> np.ndarray:
-    """How often each replicate of the bootstrap draws each story, `[R, stories]`.
+    """How often each replicate of the bootstrap draws each story, and after them each half, `[R + 2, stories]`.
 
     Drawn are topics (the first stories of an emotion on a topic, the second ones, ...): the same for all emotions, so that a
     topic cancels in a replicate as it does in the whole.
@@ -240,17 +251,26 @@ def _draws(stories) -> np.ndarray:
     for i, story in enumerate(stories):
         nth = seen[story.emotion, story.topic] = seen.get((story.emotion, story.topic), -1) + 1
         of[i] = drawn.setdefault((story.topic, nth), len(drawn))
-    rng = np.random.default_rng(0)
-    return rng.multinomial(len(drawn), np.full(len(drawn), 1 / len(drawn)), REPLICATES)[:, of]
+    again = np.random.default_rng(0).multinomial(len(drawn), np.full(len(drawn), 1 / len(drawn)), REPLICATES)
+    half = np.arange(len(drawn)) % 2
+    return np.concatenate([again, [half, 1 - half]])[:, of]
 
 
-def _self_cosine(state, directions: np.ndarray, basis: np.ndarray) -> np.ndarray:
-    """The mean cosine `[E]` of `directions [E, D]` with those of the bootstrap's replicates."""
+def _stability(state, directions: np.ndarray, basis: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The mean cosine `[E]` of `directions [E, D]` with those of the bootstrap's replicates, and that of the halves' directions.
+
+    A replicate that drew no story of an emotion counts as 0.
+    """
     drawn = state["boot_count"][..., None]
-    means = np.divide(state["boot"], drawn, out=np.full(state["boot"].shape, np.nan), where=drawn > 0)
-    again = _without(means - np.nanmean(means, axis=1, keepdims=True), basis)
-    cosine = np.sum(again * directions, -1) / (np.linalg.norm(again, axis=-1) * np.linalg.norm(directions, axis=-1))
-    return np.nanmean(cosine, axis=0)
+    there = drawn > 0
+    means = np.divide(state["boot"], drawn, out=np.zeros(state["boot"].shape), where=there)
+    baseline = means.sum(1, keepdims=True) / np.maximum(there.sum(1, keepdims=True), 1)
+    again = _without(np.where(there, means - baseline, 0), basis)
+    again /= np.maximum(np.linalg.norm(again, axis=-1, keepdims=True), 1e-300)
+    unit = directions / np.linalg.norm(directions, axis=-1, keepdims=True)
+    two = there[-2:].all((0, 2))  # stories in both halves: on two topics at least
+    own, halves = np.mean(np.sum(again[:-2] * unit, -1), 0), np.sum(again[-2] * again[-1], -1)
+    return np.where(two, own, np.nan), np.where(two, halves, np.nan)
 
 
 def _compressed(rows: np.ndarray) -> np.ndarray:
@@ -322,7 +342,10 @@ def _restored(path, provenance, state) -> dict[str, np.ndarray]:
             found = {name: file.get_tensor(name) for name in state}
     except (safetensors.SafetensorError, KeyError, ValueError) as error:
         raise ValueError(f"{os.fspath(path)!r} is not the checkpoint of an extraction; remove it") from error
-    differ = [name for name in provenance if json.dumps(provenance[name]) != json.dumps(kept.get(name))]
+    compared = set(provenance) - {"model"}  # however its path is spelled
+    differ = [
+        name for name in provenance if name in compared and json.dumps(provenance[name]) != json.dumps(kept.get(name))
+    ]
     if differ:
         raise ValueError(
             f"{os.fspath(path)!r} is the checkpoint of another extraction, with a different {', '.join(differ)}; remove it or "
