@@ -130,7 +130,8 @@ def length_batches(rows: Sequence[Sequence[int]], max_tokens: int) -> list[tuple
     """Rows sorted by length into batches of one shape for each length bucket: (indices of the rows, batch).
 
     A batch holds at most `max_tokens` tokens, padding included, but at least one row; a bucket with fewer rows than that has
-    a power of two of them, so that few shapes compile. Its last batch is filled up with copies of a row, which no index names.
+    a power of two of them, so that few shapes compile. Its last batch is filled up with other rows of the bucket, which no
+    index names; where these are too few, with a second copy of some, but never a third.
     """
     by_bucket: dict[int, list[int]] = {}
     for i in sorted(range(len(rows)), key=lambda i: len(rows[i])):
@@ -140,7 +141,7 @@ def length_batches(rows: Sequence[Sequence[int]], max_tokens: int) -> list[tuple
         size = max(1, min(max_tokens // length, 1 << (len(members) - 1).bit_length()))
         for at in range(0, len(members), size):
             indices = members[at : at + size]
-            filled = indices + [indices[0]] * (size - len(indices))
+            filled = indices + members[: size - len(indices)]
             batches.append((indices, pad([rows[i] for i in filled], length)))
     return batches
 

@@ -2,6 +2,10 @@
 
 import json
 import pathlib
+import signal
+import subprocess
+import sys
+import time
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -9,6 +13,7 @@ import pytest
 import safetensors.numpy
 
 import jaxemo
+from jaxemo import capture, language_model, params
 from jaxemo.emotions import EmotionVectors, dataset
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
@@ -136,7 +141,7 @@ def test_blank_lines_and_long_texts_are_counted(lm, vectors, tmp_path):
         (b'{"body": "x"}', r'some.jsonl, line 2: expected \{"text": ...\} or \{"messages": \[...\]\}'),
         (b'{"text": 3}', "some.jsonl, line 2: expected"),
         (b"\xff\xfe", "some.jsonl, line 2: this is not UTF-8"),
-        (b'{"messages": [{"role": "user"}]}', "line 2: a chat is a list of"),
+        (b'{"messages": [{"role": "user"}]}', "some.jsonl, line 2: a chat is a list of"),
     ],
 )
 def test_a_faulty_line_is_named(lm, vectors, tmp_path, line, message):
@@ -159,3 +164,174 @@ def test_files_are_checked_before_the_work(lm, vectors, tmp_path):
         run(lm, source, vectors, tmp_path / "no" / "scores.parquet")
     with pytest.raises(ValueError, match="kind='mean'"):
         run(lm, source, vectors, tmp_path / "scores.parquet", kind="mean")
+
+
+def test_what_has_no_selected_token_is_named(lm, vectors, tmp_path):
+    source = tmp_path / "some.txt"
+    source.write_text("cat sat mat and saw\n\ncat\n")
+    with pytest.raises(ValueError, match=r"some.txt, line 3: token selection slice\(5, None, None\) is empty"):
+        run(lm, source, vectors, tmp_path / "scores.parquet", tokens=slice(5, None))
+
+
+def test_layers_are_checked_and_counted_from_either_end(lm, vectors, tmp_path, monkeypatch):
+    source, out, last = tmp_path / "some.txt", tmp_path / "scores.safetensors", lm.config.n_layers - 1
+    source.write_text("cat sat\n")
+    with pytest.raises(ValueError, match="layer 99 does not exist"):
+        run(lm, source, vectors, out, layer=99)
+    with pytest.raises(ValueError, match="kind='mean'"):
+        run(lm, source, vectors, out, kind="mean")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["some.txt"], "nothing is begun that cannot be done"
+    monkeypatch.setattr(dataset, "_read_part", _interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        run(lm, source, vectors, out, layer=last)
+    monkeypatch.undo()
+    run(lm, source, vectors, out, layer=-1)
+    assert json.loads(_about(out)["settings"])["layer"] == last
+
+
+def _interrupt(*_, **__):
+    raise KeyboardInterrupt
+
+
+def _about(out):
+    with safetensors.safe_open(out, "numpy") as file:
+        return file.metadata()
+
+
+def test_parts_of_another_model_or_other_vectors_are_refused(lm, vectors, tmp_path, monkeypatch):
+    source, out = tmp_path / "some.txt", tmp_path / "scores.parquet"
+    source.write_text("cat sat\n")
+    others = EmotionVectors.from_directions(
+        {n: vectors.directions[::-1, e] for e, n in enumerate(NAMES)}, np.ones(len(vectors.directions))
+    )
+    monkeypatch.setattr(dataset, "_read_part", _interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        run(lm, source, vectors, out, kind="cosine")
+    weights = jaxemo.LanguageModel(lm.config, params.init(lm.config), lm.tokenizer, "other")
+    for args, differs in (
+        ((jaxemo.load(GOLDEN / "gqa_tied.gguf", dtype="bfloat16"), vectors), "weights, dtype"),
+        ((weights, vectors), "weights"),
+        ((lm, others), "vectors"),
+    ):
+        with pytest.raises(ValueError, match=f"begun with a different {differs}; remove"):
+            run(args[0], source, args[1], out, kind="cosine")
+    about = tmp_path / "scores.parquet.parts" / "settings.json"
+    about.write_text(about.read_text().replace(lm.config.outline, "another"))
+    with pytest.raises(ValueError, match="begun with a different model;"):
+        run(lm, source, vectors, out, kind="cosine")
+
+
+def test_a_centre_of_other_texts_is_refused(lm, vectors, tmp_path, monkeypatch):
+    source, out = tmp_path / "some.txt", tmp_path / "scores.parquet"
+    source.write_text("cat sat\none two\n")
+    monkeypatch.setattr(dataset, "_read_part", _interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        run(lm, source, vectors, out, kind="centred")
+    monkeypatch.undo()
+    source.write_text("old dogs\none two\n")
+    with pytest.raises(ValueError, match=r"changed since '.*centre.safetensors' was read from it: remove"):
+        run(lm, source, vectors, out, kind="centred")
+
+
+def test_attention_sinks_are_left_out(lm, vectors, tmp_path, monkeypatch):
+    source, out = tmp_path / "some.txt", tmp_path / "scores.safetensors"
+    source.write_text("\n".join(texts()) + "\n")
+    counted = lm.read(texts(), vectors, layer=1, kind="z").pooled
+    monkeypatch.setattr(capture, "SINK", 1.05)
+    language_model._forward.clear_cache()  # the number is part of the programs
+    try:
+        run(lm, source, vectors, out, layer=1)
+        want = lm.read(texts(), vectors, layer=1, kind="z").pooled
+    finally:
+        language_model._forward.clear_cache()
+    assert np.abs(want - counted).max() > 0.01, "there are sinks to leave out"
+    assert np.allclose(safetensors.numpy.load_file(out)["scores"], want, atol=1e-4)
+
+
+def test_what_fills_a_batch_up_crowds_no_passage_out(lm, tmp_path):
+    rng = np.random.default_rng(0)
+    L, D = lm.config.n_layers, lm.config.d_model
+    many = EmotionVectors.from_directions({f"e{i}": rng.standard_normal((L, D)) for i in range(20)}, np.ones(L))
+    drawn = dict.fromkeys(" ".join(rng.choice(WORDS, 4)) for _ in range(300))
+    same = [text for text in drawn if len(lm.tokenizer.encode(text)) == 12][:17]  # 17 of 32 rows
+    source, out = tmp_path / "some.txt", tmp_path / "scores.safetensors"
+    source.write_text("\n".join(same) + "\n")
+    run(lm, source, many, out, layer=1, kind="projection", top=3, max_tokens=4096)
+    found = [json.loads(line) for line in dataset.passages_path(out).read_text().splitlines()]
+    scores = lm.read(same, many, layer=1).scores[:, :12].max(1)
+    for e, name in enumerate(many.names):
+        got = [passage["score"] for passage in found if passage["emotion"] == name]
+        assert np.allclose(got, np.sort(scores[:, e])[:-4:-1], atol=1e-3)
+
+
+@pytest.mark.parametrize("form", ["parquet", "safetensors"])
+def test_a_kill_at_the_end_of_the_work_leaves_nothing_in_the_way(lm, vectors, tmp_path, monkeypatch, form):
+    monkeypatch.setattr(dataset, "CHUNK", 8)
+    source, out, whole = tmp_path / "some.txt", tmp_path / f"scores.{form}", tmp_path / f"whole.{form}"
+    source.write_text("\n".join(texts()) + "\n")
+    run(lm, source, vectors, whole)
+    parts = pathlib.Path(f"{out}.parts")
+    parts.mkdir()
+    (parts / "settings.json.7.part").write_text("{")  # killed before there was anything
+
+    def dying(real, end):
+        def dies(path, *args, **kwargs):
+            if str(path).endswith(end) and not kwargs:  # not the removal at the start, which finds nothing
+                raise KeyboardInterrupt
+            return real(path, *args, **kwargs)
+
+        return dies
+
+    for module, name, end in (
+        (dataset.os, "replace", "/passages"),
+        (dataset.os, "replace", "/scores"),
+        (dataset.pathlib.Path, "rename", ".parts"),
+        (dataset.shutil, "rmtree", ".parts.finished"),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(module, name, dying(getattr(module, name), end))
+            with pytest.raises(KeyboardInterrupt):
+                run(lm, source, vectors, out)
+        if parts.exists():
+            (parts / "000009.safetensors.7.part").write_text("{")
+    assert not parts.exists() and len(list(tmp_path.glob("*.parts.finished/0*.safetensors"))) == 3
+    run(lm, source, vectors, out)
+    _same(out, whole)
+    assert len(list(tmp_path.iterdir())) == 5, "nothing else is left"
+
+
+def _same(out, whole):
+    assert out.read_bytes() == whole.read_bytes()
+    assert dataset.passages_path(out).read_bytes() == dataset.passages_path(whole).read_bytes()
+
+
+def test_a_killed_process_loses_nothing(lm, vectors, tmp_path, monkeypatch):
+    monkeypatch.setattr(dataset, "CHUNK", 2)
+    source, out, whole = tmp_path / "some.txt", tmp_path / "scores.safetensors", tmp_path / "whole.safetensors"
+    source.write_text("\n".join(texts(120)) + "\n")
+    run(lm, source, vectors, whole)
+    vectors.save(tmp_path / "v.safetensors")
+    model, saved = str(GOLDEN / "gqa_tied.gguf"), str(tmp_path / "v.safetensors")
+    script = f"""
+import jaxemo
+from jaxemo.emotions import EmotionVectors, dataset
+dataset.CHUNK = 2
+dataset.read_dataset(jaxemo.load({model!r}), {str(source)!r}, EmotionVectors.load({saved!r}), {str(out)!r}, progress=False,
+                     max_tokens=64, top=2)
+"""
+    parts, rng, killed = pathlib.Path(f"{out}.parts"), np.random.default_rng(0), 0
+    for _ in range(3):
+        before = len(list(parts.glob("0*.safetensors")))
+        process = subprocess.Popen([sys.executable, "-c", script])
+        try:
+            while process.poll() is None and len(list(parts.glob("0*.safetensors"))) <= before:
+                time.sleep(0.002)
+            time.sleep(rng.uniform(0, 0.03))
+        finally:
+            process.send_signal(signal.SIGKILL)
+            killed += process.wait() == -signal.SIGKILL
+    done = len(list(parts.glob("0*.safetensors")))
+    assert killed >= 2 and 2 <= done <= 60
+    summary = run(lm, source, vectors, out)
+    assert summary.fresh == 120 - 2 * done and summary.texts == 120
+    _same(out, whole)

@@ -59,6 +59,7 @@ def test_length_batches_hold_every_row_once(lengths, max_tokens):
     for indices, batch in batches:
         assert len(batch.ids) == 1 or batch.ids.size <= max_tokens
         assert all(batch.ids[at, : lengths[i]].tolist() == rows[i] for at, i in enumerate(indices))
+        assert np.unique(batch.ids[:, 0], return_counts=True)[1].max() <= 2, "what fills a batch up crowds out nothing"
     shapes = {batch.ids.shape for _, batch in batches}
     assert len(shapes) == len({bucket(n) for n in lengths})
 

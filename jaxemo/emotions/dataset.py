@@ -6,6 +6,7 @@ that scored highest among them, and is written whole or not at all. Started agai
 
 import dataclasses
 import hashlib
+import itertools
 import json
 import os
 import pathlib
@@ -19,12 +20,12 @@ import safetensors
 import safetensors.numpy
 from tqdm import tqdm
 
-from jaxemo import files
+from jaxemo import files, params, steering
 from jaxemo.capture import Capture
 from jaxemo.checkpoints.safetensors import header
 from jaxemo.emotions.vectors import EmotionVectors
 from jaxemo.language_model import LanguageModel, adjustment
-from jaxemo.tokens import Selection, encode, length_batches
+from jaxemo.tokens import Selection, encode, length_batches, spans
 
 CHUNK = 1024  # texts in a part: what an interruption costs at most, and what is held in memory
 AROUND = 16  # tokens of a passage before and after the one that scored
@@ -32,9 +33,10 @@ SAMPLE = 1024  # texts whose mean is taken away for centred cosines
 
 
 class Line(NamedTuple):
-    """One text of a dataset. `text` is a string or a chat, None for a blank line."""
+    """One text of a dataset. `text` is a string or a chat, None for a blank line; `where` names the line in errors."""
 
     number: int
+    where: str
     raw: bytes
     id: str
     text: Any
@@ -86,7 +88,8 @@ def read_dataset(
       source: a .txt file with one text a line, or a .jsonl file with "text" or "messages" (a chat) and, if you like, "id".
       out: a .parquet file with columns row, id, tokens, cut and one for each direction, or a .safetensors file with arrays
         scores [n, E], tokens [n] and cut [n]. `OUT.passages.jsonl` gets, for each direction, the `top` passages round the tokens
-        that scored highest, at most one a text (found among the 4 * top highest tokens of each batch).
+        that scored highest, at most one a text (found among the 4 * top highest tokens of each batch, in which a text may be
+        there twice).
       layer, kind, tokens: as in `LanguageModel.read`; the score of a text is the mean over its selected tokens. A "centred"
         cosine is centred on the mean of the first 1024 texts.
       longest: tokens of a text that are read at most; a chat that is longer is not read.
@@ -105,12 +108,16 @@ def read_dataset(
     for path in (out, passages_path(out)):
         files.check_writable(path)
     lm.check_directions(vectors)
-    layer = vectors.layer if layer is None else layer
+    (layer,) = steering.resolve_layers([vectors.layer if layer is None else layer], lm.config.n_layers)
+    lm.check_directions(vectors, [layer])
+    adjust = adjustment(vectors, kind)
     longest = min(longest, lm.config.max_positions)
     read_on = (vectors.directions, vectors.neutral_mean, vectors.neutral_std)
     settings = {
         "source": source.name,
         "model": lm.config.outline,
+        "weights": params.fingerprint(lm.params),
+        "dtype": str(lm.params["embed"].dtype),
         "vectors": hashlib.sha256(b"".join(array[layer].tobytes() for array in read_on)).hexdigest(),
         "layer": layer,
         "kind": kind,
@@ -119,22 +126,19 @@ def read_dataset(
         "longest": longest,
         "max_tokens": max_tokens,
     }
-    parts = pathlib.Path(f"{out}.parts")
+    parts, finished = pathlib.Path(f"{out}.parts"), pathlib.Path(f"{out}.parts.finished")
+    shutil.rmtree(finished, ignore_errors=True)  # an earlier run was killed while it removed them
     done = _taken_up(parts, settings)
     begin, fresh = time.monotonic(), 0
     capture = Capture(
         pooled={"resid_post": [layer]}, top={"resid_post": [layer]}, directions=vectors.directions, tokens=tokens,
-        sinks=False, k=4 * top, **adjustment(vectors, kind),
+        sinks=False, k=4 * top, **adjust,
     )  # fmt: skip
     with tqdm(total=source.stat().st_size, unit="B", unit_scale=True, desc="read", disable=not progress) as bar:
         for number, lines in enumerate(_chunks(_lines(source))):
-            digest = hashlib.sha256(b"".join(line.raw for line in lines)).hexdigest()
-            path = _part(parts, number)
+            digest, path = _digest(lines), _part(parts, number)
             if number < done:
-                if _metadata(path)["sha256"] != digest:
-                    raise ValueError(
-                        f"{str(source)!r} has changed since {str(path)!r} was read from it: remove {str(parts)!r} to begin again"
-                    )
+                _check_same(source, digest, path)
             else:
                 if kind == "centred" and capture.centre is None:
                     capture = dataclasses.replace(
@@ -147,7 +151,8 @@ def read_dataset(
             bar.set_postfix_str(f"{lines[-1].number + 1:,} texts, {fresh / (time.monotonic() - begin):.1f}/s")
     paths = [_part(parts, number) for number in range(1 + (lines[-1].number // CHUNK))]
     summary = _merge(paths, vectors.names, settings, out, top)
-    shutil.rmtree(parts)
+    parts.rename(finished)  # at once, so that no half of them is ever taken up
+    shutil.rmtree(finished)
     return dataclasses.replace(summary, seconds=time.monotonic() - begin, fresh=fresh)
 
 
@@ -164,7 +169,7 @@ def _read_part(lm, lines, names, capture, top, longest, max_tokens) -> _Part:
         "tokens": np.zeros(n, np.int32),
         "cut": np.zeros(n, np.bool_),
     }
-    rows, at = _encoded(lm, lines, longest)
+    rows, at = _encoded(lm, lines, capture.tokens, longest)
     for i, (row, whole) in zip(at, rows, strict=True):
         arrays["tokens"][i], arrays["cut"][i] = len(row), whole > len(row)
     best = np.full((E, 0), -np.inf, np.float32)
@@ -174,7 +179,7 @@ def _read_part(lm, lines, names, capture, top, longest, max_tokens) -> _Part:
         arrays["scores"][[at[i] for i in indices]] = np.asarray(captured.pooled["resid_post"])[0, : len(indices)]
         scores, places = (np.asarray(array)[0] for array in captured.top["resid_post"])  # [E, k]
         row, position = np.divmod(places, batch.ids.shape[1])
-        real = (places >= 0) & (row < len(indices))  # not of the copies that fill a batch up
+        real = (places >= 0) & (row < len(indices))  # not of the rows that fill a batch up
         found = np.stack([np.array(indices)[np.where(real, row, 0)], position], axis=-1)
         best, where = _best(
             np.concatenate([best, np.where(real, scores, -np.inf)], axis=1), np.concatenate([where, found], axis=1), top
@@ -192,22 +197,26 @@ def _read_part(lm, lines, names, capture, top, longest, max_tokens) -> _Part:
     return _Part(arrays, {"ids": ids, "passages": json.dumps(passages)})
 
 
-def _encoded(lm, lines, longest):
-    """`[(token ids, how many there were)]` of the lines that can be read, and which these are."""
+def _encoded(lm, lines, tokens, longest):
+    """`[(token ids, how many there were)]` of the lines that can be read, and which these are.
+
+    Raises ValueError naming the line that cannot be encoded or has none of the selected `tokens`.
+    """
     rows, at = [], []
     for i, line in enumerate(lines):
         if line.text is None:
             continue
         try:
             (row,) = encode(lm.tokenizer, [line.text])
+            whole = len(row)
+            if whole > longest and isinstance(line.text, str):
+                row = row[:longest]
+            if 0 < len(row) <= longest:
+                spans(tokens, len(row), turns=getattr(row, "turns", ()))
+                rows.append((row, whole))
+                at.append(i)
         except (TypeError, ValueError) as error:
-            raise ValueError(f"line {line.number + 1}: {error}") from error
-        whole = len(row)
-        if whole > longest and not isinstance(line.text, str):
-            continue
-        if whole:
-            rows.append((row[:longest] if isinstance(line.text, str) else row, whole))
-            at.append(i)
+            raise ValueError(f"{line.where}: {error}") from error
     return rows, at
 
 
@@ -237,9 +246,10 @@ def _passage(lm, row, position: int) -> dict[str, Any]:
 def _centre(lm, source, layer, tokens, longest, max_tokens, parts) -> np.ndarray:
     """The mean activation `[L, D]` (at one layer, else 0) of the first texts, each as much as another; kept beside the parts."""
     path = parts / "centre.safetensors"
+    lines = list(itertools.islice(_lines(source), SAMPLE))
+    digest = _digest(lines)
     if not path.exists():
-        lines = [line for _, line in zip(range(SAMPLE), _lines(source), strict=False)]
-        rows, _ = _encoded(lm, lines, longest)
+        rows, _ = _encoded(lm, lines, tokens, longest)
         wanted = Capture(mean={"resid_post": [layer]}, tokens=tokens, sinks=False)
         total, count = np.zeros(lm.config.d_model), 0
         for indices, batch in length_batches([row for row, _ in rows], max_tokens):
@@ -248,7 +258,8 @@ def _centre(lm, source, layer, tokens, longest, max_tokens, parts) -> np.ndarray
             count += len(indices)
         centre = np.zeros((lm.config.n_layers, lm.config.d_model), np.float32)
         centre[layer] = total / max(count, 1)
-        files.write_atomically(path, safetensors.numpy.save({"centre": centre}))
+        files.write_atomically(path, safetensors.numpy.save({"centre": centre}, {"sha256": digest}))
+    _check_same(source, digest, path)
     return safetensors.numpy.load_file(path)["centre"]
 
 
@@ -261,10 +272,10 @@ def _lines(source: pathlib.Path) -> Iterator[Line]:
             except UnicodeDecodeError as error:
                 raise ValueError(f"{where}: this is not UTF-8 ({error.reason} at byte {error.start})") from None
             if not written.strip():
-                yield Line(number, raw, "", None)
+                yield Line(number, where, raw, "", None)
                 continue
             if source.suffix == ".txt":
-                yield Line(number, raw, "", written)
+                yield Line(number, where, raw, "", written)
                 continue
             try:
                 record = json.loads(written)
@@ -273,7 +284,7 @@ def _lines(source: pathlib.Path) -> Iterator[Line]:
             text = record.get("text", record.get("messages")) if isinstance(record, dict) else None
             if not isinstance(text, str | list) or (isinstance(text, list) and not text):
                 raise ValueError(f'{where}: expected {{"text": ...}} or {{"messages": [...]}}')
-            yield Line(number, raw, str(record.get("id", "")), text or None)
+            yield Line(number, where, raw, str(record.get("id", "")), text or None)
 
 
 def _chunks(lines: Iterable[Line]) -> Iterator[list[Line]]:
@@ -300,13 +311,25 @@ def _metadata(path: pathlib.Path) -> dict[str, str]:
         return file.metadata()
 
 
+def _digest(lines: list[Line]) -> str:
+    return hashlib.sha256(b"".join(line.raw for line in lines)).hexdigest()
+
+
+def _check_same(source: pathlib.Path, digest: str, path: pathlib.Path) -> None:
+    """Raise ValueError unless what `path` was made from is still what `source` holds."""
+    if _metadata(path)["sha256"] != digest:
+        raise ValueError(
+            f"{str(source)!r} has changed since {str(path)!r} was read from it: remove {str(path.parent)!r} to begin again"
+        )
+
+
 def _taken_up(parts: pathlib.Path, settings: dict) -> int:
     """How many parts are done. Raises ValueError where they are of other work."""
     about = parts / "settings.json"
     if not parts.exists():
         parts.mkdir()
     if not about.exists():
-        if any(parts.iterdir()):
+        if any(path.suffix != ".part" for path in parts.iterdir()):  # such a one is what a killed write leaves
             raise ValueError(f"{str(parts)!r} holds something else; remove it or write elsewhere")
         files.write_atomically(about, json.dumps(settings, indent=1).encode())
     kept = json.loads(about.read_text())
@@ -335,18 +358,20 @@ def _merge(paths: list[pathlib.Path], names, settings: dict, out: pathlib.Path, 
             passages[passage["emotion"]].append(passage)
         for name, found in passages.items():
             passages[name] = sorted(found, key=lambda passage: -passage["score"])[:top]
-    work = out.with_name(f".{out.name}.{os.getpid()}")
-    try:
-        (_to_parquet if out.suffix == ".parquet" else _to_safetensors)(paths, names, settings, work, int(counts[0]))
-        os.replace(work, out)
-    finally:
-        work.unlink(missing_ok=True)
+    # Made among the parts, so that what a kill leaves of them is removed with these.
+    scores, best = paths[0].with_name("scores"), paths[0].with_name("passages")
+    if out.suffix == ".parquet":
+        _to_parquet(paths, names, settings, scores)
+    else:
+        _to_safetensors(paths, names, settings, scores, int(counts[0]))
     lines = [json.dumps(passage, ensure_ascii=False) + "\n" for name in names for passage in passages[name]]
-    files.write_atomically(passages_path(out), "".join(lines).encode())
+    files.write_atomically(best, "".join(lines).encode())
+    os.replace(best, passages_path(out))
+    os.replace(scores, out)
     return Summary(str(out), tuple(names), *map(int, counts), sums / max(read, 1), 0.0, 0)
 
 
-def _to_parquet(paths, names, settings, out, n) -> None:
+def _to_parquet(paths, names, settings, out) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
