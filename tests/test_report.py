@@ -329,6 +329,15 @@ def test_a_figure_carries_its_title_whatever_it_is():
     assert found["role"] == "img" and name in found["aria-label"] and drawn.all("div", "small")[0]["text"] == name
 
 
+def test_every_figure_shows_at_least_two_numbers_or_names_on_each_axis(results):
+    """Without the script, as with it, an axis without ticks cannot be read; panels as low as those of the text are no exception."""
+    for svg in re.findall(r'<svg class="chart".*?</svg>\s*(?=</div>)', page.render(results), flags=re.DOTALL):
+        for name in ("xt", "yt"):
+            (axis,) = re.findall(rf'<g class="{name}".*?(?=<g class="yt"|<path class="frame")', svg, flags=re.DOTALL)
+            shown = [g for g in re.findall(r"<g transform[^>]*>", axis) if "hidden" not in g]
+            assert len(shown) >= 2, re.search(r'aria-label="([^"]*)"', svg)[1]
+
+
 def test_the_same_results_give_the_same_page(text):
     assert page.render(make()) == text
     assert page.render(make(seed=1)) != text

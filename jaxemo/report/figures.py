@@ -508,7 +508,7 @@ def smooth(z: np.ndarray, window: int = 9) -> np.ndarray:
 def traces(tokens: Sequence[str], z: np.ndarray, names: Sequence[str], turn: int) -> Markup:
     """Smoothed scores `[T, n]` over the text, a panel an emotion, with a line at the token `turn`; the first is not drawn."""
     at, lines = np.arange(1, len(z)), smooth(z[1:])
-    y = flipped(numeric("", [0, *lines.ravel()]))
+    y = flipped(numeric("", [0, *lines.ravel()]))._replace(room=chart.LINE)
     words = [i for i in at.tolist() if tokens[i].startswith(" ")] or [1]
     wanted = [1, turn / 2, turn, (turn + len(z)) / 2]
     ticks = {i: "".join(tokens[i : i + 3]).strip()[:12] for i in (min(words, key=lambda w: abs(w - i)) for i in wanted)}
