@@ -15,9 +15,9 @@ import sys
 import jaxemo, jaxemo.kernels, jaxemo.checkpoints
 from jaxemo.emotions import corpus
 assert {site!r} in jaxemo.__file__ and {site!r} in jaxemo.kernels.__file__ and {site!r} in jaxemo.checkpoints.__file__
-assert len(corpus.shipped().stories) >= 288 and corpus.leak("happy", "She was happy.") == "happy"
+assert len(corpus.shipped().stories) == 2052 and corpus.leak("happy", "She was happy.") == "happy"
 import importlib.resources
-assert "<html" in (importlib.resources.files("jaxemo.report") / "demo.html").read_text()
+assert "<html" in (importlib.resources.files("jaxemo.report") / "base.html").read_text()
 heavy = {{"torch", "transformers", "transformer_lens", "nnsight"}} & set(sys.modules)
 assert not heavy, heavy
 """
