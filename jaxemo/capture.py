@@ -161,9 +161,10 @@ def resolve(config: ModelConfig, capture: Capture, batch: TokenBatch, new_tokens
         shape = "none" if directions is None else list(np.shape(directions))
         raise ValueError(f"Capture({scored}=...) needs directions [L={L}, E, D={D}], got {shape}")
     adjust = {}
-    for name, letter in (("centre", "D"), ("offset", "E"), ("scale", "E")):
+    E = 0 if directions is None else directions.shape[1]
+    for name, letter, size in (("centre", "D", D), ("offset", "E", E), ("scale", "E", E)):
         array = getattr(capture, name)
-        if array is not None and np.shape(array) != (L, np.shape(directions)[1 + (letter == "D")]):
+        if array is not None and np.shape(array) != (L, size):
             raise ValueError(f"Capture({name}=...) needs {name} [L={L}, {letter}], got {list(np.shape(array))}")
         if array is not None:
             adjust[name] = np.asarray(array, np.float32)

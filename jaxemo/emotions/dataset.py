@@ -368,7 +368,8 @@ def _merge(paths: list[pathlib.Path], names, settings: dict, out: pathlib.Path, 
     files.write_atomically(best, "".join(lines).encode())
     os.replace(best, passages_path(out))
     os.replace(scores, out)
-    return Summary(str(out), tuple(names), *map(int, counts), sums / max(read, 1), 0.0, 0)
+    texts, tokens, cut, unread = map(int, counts)
+    return Summary(str(out), tuple(names), texts, tokens, cut, unread, sums / max(read, 1), 0.0, 0)
 
 
 def _to_parquet(paths, names, settings, out) -> None:

@@ -206,7 +206,7 @@ def _sums(lm, corpus, at, skip, longest, max_tokens, checkpoint, provenance, pro
 
 def _means(lm, texts, at, skip, longest, max_tokens, skipped=0) -> Iterator[tuple[list[int], np.ndarray, np.ndarray]]:
     """Batches of texts as (indices, mean residual stream `[n, b, D]`, mean residual norm `[n, b]`), the first `skipped` left out."""
-    rows = [np.array(lm.tokenizer.encode(text)[:longest], np.int32) for text in texts]
+    rows: list[Any] = [np.array(lm.tokenizer.encode(text)[:longest], np.int32) for text in texts]
     _long_enough(texts, map(len, rows), skip)
     wanted = {"resid_post": at}
     capture = Capture(mean=wanted, mean_norm=wanted, tokens=slice(skip, None), sinks=False)
@@ -275,7 +275,11 @@ def _stability(state, directions: np.ndarray, basis: np.ndarray) -> tuple[np.nda
 
 def _compressed(rows: np.ndarray) -> np.ndarray:
     """`rows [n, r, 1 + D]` as a triangle with the same products, once there are more than twice as many as columns."""
-    return np.linalg.qr(rows, mode="r") if rows.shape[1] > 2 * rows.shape[2] else rows
+    return _triangle(rows) if rows.shape[1] > 2 * rows.shape[2] else rows
+
+
+def _triangle(rows: np.ndarray) -> np.ndarray:
+    return np.asarray(np.linalg.qr(rows, mode="r"))
 
 
 def _without(v: np.ndarray, basis: np.ndarray) -> np.ndarray:
@@ -288,7 +292,7 @@ def main_components(rows: np.ndarray, share: float) -> np.ndarray:
     The triangle of a QR decomposition of (1, x) holds the mean in its first row, and below it a square root of x's scatter
     about that mean.
     """
-    _, size, basis = np.linalg.svd(np.linalg.qr(rows, mode="r")[1:, 1:], full_matrices=False)
+    _, size, basis = np.linalg.svd(_triangle(rows)[1:, 1:], full_matrices=False)
     held = np.cumsum(size**2) / np.sum(size**2)
     return basis[: int(np.searchsorted(held, share)) + 1]
 
