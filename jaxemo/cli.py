@@ -147,7 +147,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--top", type=_positive, default=5, help="emotions to print for each text, or passages to keep for each "
                      "emotion (5)")  # fmt: skip
     sub.add_argument("--kind", choices=READ, default="z", help="the score: standard deviations from neutral text (z), the "
-                     "projection, its cosine, or the cosine centred on all the texts")  # fmt: skip
+                     "projection, its cosine, or the cosine centred on all the texts (of a dataset, the first 1,024)")  # fmt: skip
     sub.add_argument(
         "--tokens",
         type=_selection,
