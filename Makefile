@@ -5,7 +5,7 @@ CONSTRAINTS ?= -c constraints.txt
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(CONSTRAINTS)
 
-.PHONY: demo test lint test-tpu parity fuzz bench-loading bench-kernels bench-extraction emotions clean
+.PHONY: demo test lint test-tpu parity fuzz bench-loading bench-kernels bench-extraction bench-reading emotions clean
 
 # The main job on a real model; writes report.html.
 demo: $(VENV)/.base
@@ -46,6 +46,10 @@ bench-loading:
 # Time a whole extraction, and compare one that is killed twenty times with it, byte for byte; run it on a quiet machine.
 bench-extraction: $(VENV)/.base
 	$(BIN)/python bench/extraction.py $(ARGS)
+
+# Read 10,000 texts: time, memory, and the same after kills; run it on a quiet machine.
+bench-reading: $(VENV)/.base
+	$(BIN)/python bench/reading.py $(ARGS)
 
 # What the directions of the two real models are worth, each number beside its baselines (about 40 minutes on 2 cores).
 emotions: $(VENV)/.base

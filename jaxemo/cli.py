@@ -508,19 +508,20 @@ def _report(args):
     from jaxemo.report import model
 
     files.check_writable(args.out)  # before the model is loaded
-    print(model.run(_load(args), args.out, args.vectors, args.corpus, args.stories).summary())
+    print(model.summary(model.run(_load(args), args.out, args.vectors, args.corpus, args.stories)))
     print(f"\nThe report is in {pathlib.Path(args.out).resolve()}")
 
 
 def _validate(args):
     from jaxemo import files
+    from jaxemo.emotions import validation
     from jaxemo.report import model
 
     if args.out:
         files.check_writable(args.out)
-    names = tuple(model.TESTS) if args.test == "all" else (args.test,)
-    model.check(names)
-    print(model.run(_load(args), args.out, args.vectors, args.corpus, args.stories, names).summary())
+    names = tuple(validation.TESTS) if args.test == "all" else (args.test,)
+    validation.check(names)
+    print(model.summary(model.run(_load(args), args.out, args.vectors, args.corpus, args.stories, names)))
 
 
 def _demo(args):

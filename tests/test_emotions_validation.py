@@ -529,8 +529,11 @@ def test_a_model_is_validated_in_one_call(lm, monkeypatch):
     heldout = corpus.Corpus("asked", (*made(1, ("u", "v")), corpus.Story("unheard of", "u", "a cat")), ())
     vectors = extraction.extract(lm, training, skip=5, progress=False)
     monkeypatch.setattr(lens, "vocabulary", lambda: frozenset(WORDS))
-    got = validation.validate(lm, vectors, training, heldout, progress=False, skip=5)
-    assert got.layer == got.stories[0].layer and len(got.stories) == 1 and "not denoised" in got.stories[0].guesses
+    m = validation.Material(lm, vectors, training, heldout, progress=False)
+    got = validation.validate(m, say=lambda _: None)
+    (stories,) = got.found["stories"]
+    assert got.layer == stories.layer and "not denoised" in stories.guesses and not got.missing
+    assert got.found["numbers"].layer == got.found["implicit"].guesses.layer
     text = got.summary()
     for what in ("asked: 20 texts, 10 emotions", "implicit prompts, read at", "number templates", "logit lens", "PCA of the directions",
                  "k-means", "similarity of layers", "speakers at layer", "self-cosine", "random directions", "bag of words"):  # fmt: skip

@@ -11,9 +11,19 @@ from conftest import make_model
 from test_report import Page, check_loads_nothing, check_whole
 
 from jaxemo import cli, params
-from jaxemo.emotions import EmotionVectors, classification, corpus, geometry, lens, prompts, speakers, steering_test
-from jaxemo.emotions.validation import Validation
-from jaxemo.report import figures, model, page
+from jaxemo.emotions import (
+    EmotionVectors,
+    classification,
+    corpus,
+    extraction,
+    geometry,
+    lens,
+    prompts,
+    speakers,
+    steering_test,
+)
+from jaxemo.emotions.validation import TESTS, Material, Validation, validate
+from jaxemo.report import figures, model, page, verdicts
 from jaxemo.report.figures import percent, signed
 
 HOSTILE = "<script>alert(1)</script>"
@@ -21,7 +31,7 @@ WORDS = tuple(row["emotion"] for row in corpus.table("glasgow_norms.csv"))
 
 
 def made_up(names=WORDS[:40], families=None, L=5, D=24, seed=0):
-    """Vectors and a Validation of them; nothing was measured on a model."""
+    """A Validation of made-up vectors; nothing was measured on a model."""
     rng, E = np.random.default_rng(seed), len(names)
     families = families or classification.families_of(names)
     axis = rng.standard_normal(D)
@@ -43,9 +53,7 @@ def made_up(names=WORDS[:40], families=None, L=5, D=24, seed=0):
     shown = [n for n in names if n in corpus.DISPLAY] or list(names[:3])
     n, R, S = 5, 30, len(shown)
     implied = told("implicit prompts", 2, shown, ("",) * S, 3)
-    return vectors, Validation(
-        model="tiny & <i>odd</i>",
-        layer=3,
+    found = dict(
         stories=(told("held & out", 2, names, families, 20), told("written", 3, names, families, 20)),
         implicit=prompts.Implicit(
             "before_answer",
@@ -92,8 +100,10 @@ def made_up(names=WORDS[:40], families=None, L=5, D=24, seed=0):
             np.array([0.25, 0.26]),
             rng.uniform(0.2, 0.3, (2, 9)),
         ),
-        self_cosine=vectors.measured["self_cosine"],
+        **{"self-cosine": vectors.measured["self_cosine"], "cosines": geometry.cosines(vectors, 3)},
     )
+    known = {name: result for name, result in found.items() if result is not None}
+    return Validation("tiny & <i>odd</i>", vectors, 3, "asked for", known)
 
 
 PROVENANCE = {
@@ -126,16 +136,18 @@ def steering(names=corpus.DISPLAY, seed=0):
     )
 
 
+def but(tested, **found):
+    return dataclasses.replace(tested, found={**tested.found, **found})
+
+
 @pytest.fixture(scope="module")
 def report():
-    vectors, found = made_up()
-    whole = model.of_validation(found, vectors, model.of_vectors(vectors))
-    return dataclasses.replace(whole, found={**whole.found, "steering": steering()})
+    return but(made_up(), steering=steering())
 
 
 @pytest.fixture(scope="module")
 def text(report):
-    return model.render(report)
+    return model.render(report, model.of_vectors(report.vectors))
 
 
 @pytest.fixture(scope="module")
@@ -151,17 +163,14 @@ def section(parsed, name):
 def test_the_report_is_well_formed_and_loads_nothing(parsed, text):
     check_whole(parsed, text)
     check_loads_nothing(parsed, text)
-    assert {e["id"] for e in parsed.all("section")} == {*model.TESTS, "conclusions", "methods"}
-    assert len(text) < 1e6 and model.render.__doc__
+    assert {e["id"] for e in parsed.all("section")} == {*TESTS, "conclusions", "methods"}
+    assert len(text) < 1e6
 
 
 def test_hostile_names_stay_text(report):
     names = (HOSTILE, '"&quot;', *WORDS[:12])
-    vectors, found = made_up(names, tuple(f"</script>{i % 3}" for i in range(14)))
-    whole = model.of_validation(found, vectors, {HOSTILE: HOSTILE})
-    text = model.render(
-        dataclasses.replace(whole, missing={"numbers": HOSTILE}, found={**whole.found, "steering": steering(names)})
-    )
+    tested = but(made_up(names, tuple(f"</script>{i % 3}" for i in range(14))), steering=steering(names))
+    text = model.render(dataclasses.replace(tested, missing={"numbers": HOSTILE}), {HOSTILE: HOSTILE})
     parsed = Page(text)
     assert "<script>alert" not in text and "alert(1)" in text
     scripts = parsed.all("script")
@@ -265,39 +274,37 @@ def test_dots_stand_where_their_numbers_are(report):
     )
 
 
-def verdict(found, vectors, test):
-    return [v for v in model.verdicts(model.of_validation(found, vectors)) if v.test == test]
+def verdict(tested, test):
+    return [v for v in verdicts.verdicts(tested) if v.test == test]
 
 
 def test_conclusions_follow_the_numbers():
-    vectors, found = made_up()
-    strong = dataclasses.replace(found.implicit, p=0.0002, hits=12, guesses=told_by(0.8, 0.3, 0.1))
-    (v,) = verdict(dataclasses.replace(found, implicit=strong), vectors, "implicit")
+    tested = made_up()
+    strong = dataclasses.replace(tested.found["implicit"], p=0.0002, hits=12, guesses=told_by(0.8, 0.3, 0.1))
+    (v,) = verdict(but(tested, implicit=strong), "implicit")
     assert v.holds and f"above every one of {len(strong.random_hits)} random draws" in v.text and v.mark == "✓ holds:"
     own = strong.guesses.guesses["directions"]
     alike = dataclasses.replace(strong.guesses, guesses={**strong.guesses.guesses, "bag of words": own})
-    (v,) = verdict(dataclasses.replace(found, implicit=dataclasses.replace(strong, guesses=alike)), vectors, "implicit")
+    (v,) = verdict(but(tested, implicit=dataclasses.replace(strong, guesses=alike)), "implicit")
     assert v.holds is None and "not told from a bag of words" in v.text, "words alone do as well"
-    (v,) = verdict(dataclasses.replace(found, implicit=dataclasses.replace(strong, p=0.03)), vectors, "implicit")
+    (v,) = verdict(but(tested, implicit=dataclasses.replace(strong, p=0.03)), "implicit")
     assert v.holds is None and "cannot be told from chance" in v.text, "0.03 is not small among so many"
-    (v,) = verdict(dataclasses.replace(found, implicit=dataclasses.replace(strong, p=0.5, hits=0)), vectors, "implicit")
+    (v,) = verdict(but(tested, implicit=dataclasses.replace(strong, p=0.5, hits=0)), "implicit")
     assert v.holds is False and v.mark == "✗ does not hold:"
-    assert [
-        v.holds for v in verdict(dataclasses.replace(found, self_cosine=np.full(40, 0.95)), vectors, "self-cosine")
-    ] == [True]
-    assert [
-        v.holds for v in verdict(dataclasses.replace(found, self_cosine=np.full(40, 0.5)), vectors, "self-cosine")
-    ] == [False]
+    assert [v.holds for v in verdict(but(tested, **{"self-cosine": np.full(40, 0.95)}), "self-cosine")] == [True]
+    assert [v.holds for v in verdict(but(tested, **{"self-cosine": np.full(40, 0.5)}), "self-cosine")] == [False]
     for beats, p, holds, said in ((True, 0.001, True, "is in"), (False, 0.4, None, "is not told from chance")):
         affect = dataclasses.replace(
-            found.affect, p=np.full(2, p), interval=np.array([[0.2, 0.9]] * 2) if beats else np.array([[-0.2, 0.3]] * 2)
+            tested.found["affect"],
+            p=np.full(2, p),
+            interval=np.array([[0.2, 0.9]] * 2) if beats else np.array([[-0.2, 0.3]] * 2),
         )
-        assert {v.holds for v in verdict(dataclasses.replace(found, affect=affect), vectors, "affect")} <= {
+        assert {v.holds for v in verdict(but(tested, affect=affect), "affect")} <= {
             holds,
             None if not beats else True,
             False,
         }
-        assert all(said in v.text for v in verdict(dataclasses.replace(found, affect=affect), vectors, "affect"))
+        assert all(said in v.text for v in verdict(but(tested, affect=affect), "affect"))
 
 
 def told_by(directions, words, random, n=200, E=20):
@@ -334,7 +341,7 @@ def told_by(directions, words, random, n=200, E=20):
     ],
 )
 def test_stories_are_told_only_beyond_every_baseline(directions, words, random, holds, said):
-    v = model._told(told_by(directions, words, random))
+    v = verdicts._told(told_by(directions, words, random))
     assert v.holds is holds and said in v.text
 
 
@@ -343,9 +350,9 @@ def test_the_sign_test_is_mcnemars():
     a, b = rng.random((2, 60)) < [[0.7], [0.5]]
     n = int((a ^ b).sum())
     assert np.isclose(
-        model.sign_test(a, b), min(1, 2 * scipy.stats.binom.cdf(min((a & ~b).sum(), (b & ~a).sum()), n, 0.5))
+        verdicts.sign_test(a, b), min(1, 2 * scipy.stats.binom.cdf(min((a & ~b).sum(), (b & ~a).sum()), n, 0.5))
     )
-    assert model.sign_test(a, a) == 1
+    assert verdicts.sign_test(a, a) == 1
 
 
 def test_what_is_missing_is_said():
@@ -353,12 +360,11 @@ def test_what_is_missing_is_said():
     rng = np.random.default_rng(0)
     vectors = EmotionVectors.from_directions({n: rng.standard_normal((3, 8)) for n in names}, np.ones(3))
     training = corpus.Corpus("two", tuple(corpus.Story(n, "t", f"{n} text {i}") for n in names for i in range(3)), ())
-    m = model.Material(Tiny(), vectors, None, training, progress=False)
-    report = model.measure(
-        m, ["self-cosine", "stories", "cosines", "clusters", "affect", "similarity"], say=lambda _: None
-    )
+    m = Material(Tiny(), vectors, None, training, progress=False)
+    report = validate(m, ["self-cosine", "stories", "cosines", "clusters", "affect", "similarity"], say=lambda _: None)
     assert set(report.found) == {"cosines"} and report.layer == vectors.layer
-    parsed = Page(model.render(report))
+    about = model.methods(m, report)
+    parsed = Page(model.render(report, about))
     for name, why in (
         ("self-cosine", "without a bootstrap|with a bootstrap"),
         ("stories", "not at hand"),
@@ -368,9 +374,9 @@ def test_what_is_missing_is_said():
     ):
         assert re.search(f"Not tested here: .*({why})", section(parsed, name)), name
         assert name in report.summary()
-    assert "denoising" not in report.about and "sha256" in report.about["held-out texts"]
+    assert "denoising" not in about and "sha256" in about["held-out texts"]
     with pytest.raises(ValueError, match="no test named 'astrology'; there are self-cosine, stories"):
-        model.measure(m, ["astrology"])
+        validate(m, ["astrology"])
 
 
 class Tiny:
@@ -382,8 +388,10 @@ class Tiny:
 
 def test_without_families_or_a_bootstrap_the_page_says_so(report):
     names = tuple(f"word {i}" for i in range(12))
-    vectors, found = made_up(names, ("",) * 12)
-    text = model.render(model.of_validation(dataclasses.replace(found, self_cosine=None), vectors))
+    tested = made_up(names, ("",) * 12)
+    found = {name: result for name, result in tested.found.items() if name != "self-cosine"}
+    missing = {"self-cosine": "not extracted with a bootstrap"}
+    text = model.render(dataclasses.replace(tested, found=found, missing=missing), {})
     parsed = Page(text)
     assert (
         "no families to compare with" in section(parsed, "clusters")
@@ -435,7 +443,7 @@ def test_extracted_vectors_are_kept_beside_the_report_and_taken_again(tmp_path, 
             {n: np.eye(3, 32)[[i, 2, i]] for i, n in enumerate(("glad", "low"))}, np.ones(3), about
         )
 
-    monkeypatch.setattr(model.jaxemo.emotions, "extract", extract)
+    monkeypatch.setattr(extraction, "extract", extract)
     out, kept = tmp_path / "r.html", tmp_path / "r.vectors.safetensors"
     for _ in range(2):
         report = model.run(lm, out, names=("cosines",), say=lambda _: None)
@@ -454,9 +462,9 @@ def test_extracted_vectors_are_kept_beside_the_report_and_taken_again(tmp_path, 
 
 def test_a_report_is_written_whole(report, tmp_path):
     path = tmp_path / "report.html"
-    model.write(report, path)
-    assert path.read_text(encoding="utf-8") == model.render(report) and [p.name for p in tmp_path.iterdir()] == [
-        "report.html"
-    ]
-    said = report.summary()
+    model.write(report, {"model": "tiny"}, path)
+    assert path.read_text(encoding="utf-8") == model.render(report, {"model": "tiny"}) and [
+        p.name for p in tmp_path.iterdir()
+    ] == ["report.html"]
+    said = model.summary(report)
     assert "implicit prompts" in said and "✓ holds:" in said and said.count("\n\n") > 8

@@ -118,7 +118,8 @@ def text_test(
 
     The layer is by default nine tenths of the way up: the test asks for the very next word (chosen on SmolLM2-135M).
     """
-    layer = round(0.9 * len(vectors.directions)) if layer is None else layer
+    L = len(vectors.directions)
+    layer = min(round(0.9 * L), L - 1) if layer is None else layer
     if random < 2:
         raise ValueError(f"random={random}: a steering result needs random directions to be judged by, at least 2")
     controls = vectors.random(random, seed)
