@@ -195,14 +195,14 @@ class EmotionVectors:
                    np.ones(shape, np.float32), dict(provenance or {}))  # fmt: skip
 
     def save(self, path: str | os.PathLike) -> None:
-        """Write one `.safetensors` file; the names and the provenance are in its metadata."""
+        """Write one `.safetensors` file, the same bytes for the same vectors; names and provenance are in its metadata."""
         arrays = {name: getattr(self, name) for name in _ARRAYS}
         if self.raw is not None:
             arrays |= {f"raw.{name}": getattr(self.raw, name) for name in _ARRAYS}
         arrays |= {f"measured.{name}": array for name, array in self.measured.items()}
         arrays = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
         metadata = {"format": FORMAT, "names": json.dumps(self.names), "provenance": json.dumps(self.provenance)}
-        files.write_atomically(path, safetensors.numpy.save(arrays, metadata))
+        files.write_atomically(path, _ordered(safetensors.numpy.save(arrays, metadata)))
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "EmotionVectors":
@@ -224,6 +224,16 @@ class EmotionVectors:
             return cls(**about, **own, raw=cls(**about, **raw) if raw else None, measured=measured)
         except (safetensors.SafetensorError, ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{os.fspath(path)} is not a file of emotion vectors: {error}") from error
+
+
+def _ordered(data: bytes) -> bytes:
+    """A safetensors file with its metadata in order of names; the library writes them in an order that varies."""
+    end = 8 + int.from_bytes(data[:8], "little")
+    header = json.loads(data[8:end])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text + data[end:]
 
 
 _ARRAYS = ("directions", "residual_norm", "neutral_mean", "neutral_std")
