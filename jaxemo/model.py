@@ -23,11 +23,15 @@ from jaxemo.config import ModelConfig, Rope
 from jaxemo.quantise import full
 
 MASKED = -1e30  # a finite stand-in for -inf: a row whose keys are all masked stays free of NaN
+CHUNK = 256  # keys that are attended to at once; a cache is read no further than it is filled, in such steps
 
 
 @flax.struct.dataclass
 class Cache:
-    """Keys and values of the tokens so far: `[L, B, S, K, H]`, or tuples of L `[B, S, K, H]` for separate layers."""
+    """Keys and values of the tokens so far, laid out as a decode step reads them.
+
+    `k [L, B, K, H, S]` and `v [L, B, K, S, H]`, or tuples of L arrays without the leading axis for separate layers.
+    """
 
     k: Any
     v: Any
@@ -35,10 +39,12 @@ class Cache:
 
 def init_cache(config: ModelConfig, rows: int, positions: int, dtype, stacked: bool) -> Cache:
     """An empty cache for `rows` sequences of up to `positions` tokens."""
-    shape = (rows, positions, config.n_kv_heads, config.head_dim)
+    K, H, L = config.n_kv_heads, config.head_dim, config.n_layers
+    S = positions if positions <= CHUNK else -(-positions // CHUNK) * CHUNK
+    shapes = (rows, K, H, S), (rows, K, S, H)
     if stacked:
-        return Cache(*(jnp.zeros((config.n_layers, *shape), dtype) for _ in "kv"))
-    return Cache(*(tuple(jnp.zeros(shape, dtype) for _ in range(config.n_layers)) for _ in "kv"))
+        return Cache(*(jnp.zeros((L, *shape), dtype) for shape in shapes))
+    return Cache(*(tuple(jnp.zeros(shape, dtype) for _ in range(L)) for shape in shapes))
 
 
 def einsum(spec: str, x: jax.Array, w: jax.Array, out=None) -> jax.Array:
@@ -101,42 +107,95 @@ def rotate(x: jax.Array, rotation: jax.Array | None) -> jax.Array:
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin, rest], axis=-1).astype(x.dtype)
 
 
-def attention(config: ModelConfig, weights, x, positions, rotation, window, past):
-    """Causal grouped-query attention of `x [B, T, D]` over itself and over `past`, the cached keys and values.
+def attention(config: ModelConfig, weights, x, positions, rotation, window, cache, index, fresh: bool):
+    """Causal grouped-query attention of `x [B, T, D]` over itself, if `fresh`, or over all that `cache` holds up to each token.
 
-    `past` is None or a pair `[B, S, K, H]` of which row b's positions before `positions[b, 0]` count. `window` is None
-    or how many tokens back a token sees. Returns the output `[B, T, D]` and the new keys and values `[B, T, K, H]`.
+    `cache` is None, a Cache of all layers of which this is number `index`, or this layer's alone (`index` None). `window` is None
+    or how many tokens back a token sees. Returns the output `[B, T, D]` and the cache with the new keys and values.
+
+    Keys are taken a chunk at a time, and the softmax is that of all by keeping the largest logit so far (Milakov and
+    Gimelshein 2018): a chunk in which a token sees nothing changes no bit of its result.
     """
     B, T, _ = x.shape
     K, G, H = config.n_kv_heads, config.n_heads // config.n_kv_heads, config.head_dim
     q = rotate(norm(config, project("btd,dnh->btnh", x, weights, "wq"), weights, "q_norm"), rotation)
     k = rotate(norm(config, project("btd,dkh->btkh", x, weights, "wk"), weights, "k_norm"), rotation)
-    v = project("btd,dkh->btkh", x, weights, "wv")
-    q = q.reshape(B, T, K, G, H)
+    q = jnp.moveaxis(q.reshape(B, T, K, G, H), 1, 3).reshape(B, K, G * T, H)  # all that read the same keys
+    position = jnp.tile(positions, (1, G))[:, None, :, None]  # theirs, [B, 1, G * T, 1]
+    keys = Cache(jnp.moveaxis(k, 1, 3), jnp.swapaxes(project("btd,dkh->btkh", x, weights, "wv"), 1, 2))
+    if cache is not None:
+        cache = write_cache(cache, index, keys, positions[:, 0])
+    if not fresh:
+        keys = cache
+    S = keys.v.shape[-2]
+    size = min(S, CHUNK)
+    if fresh:
+        index, beyond = None, (0, -S % size)  # what is added lies after every token
+        keys = Cache(jnp.pad(keys.k, [(0, 0)] * 3 + [beyond]), jnp.pad(keys.v, [(0, 0)] * 2 + [beyond, (0, 0)]))
 
-    def scores(keys, at, seen):
-        """Logits `[B, K, G, T, S]` against `keys [B, S, K, H]` that lie at positions `at [B, S]`."""
+    def chunk(number, carry):
+        largest, total, mixed = carry
+        key, value = read_cache(keys, index, number * size, size)
+        at = number * size + jnp.arange(size)
+        seen = at <= position
         if window is not None:
-            seen = seen & (positions[:, :, None] - at[:, None, :] < window)
-        logits = einsum("btkgh,bskh->bkgts", q, keys, jnp.float32) * (config.attn_scale or H**-0.5)
-        return jnp.where(seen[:, None, None], softcap(logits, config.attn_softcap), MASKED)
+            seen &= position - at < window
+        logits = einsum("bkqh,bkhs->bkqs", q, key, jnp.float32) * (config.attn_scale or H**-0.5)
+        logits = jnp.where(seen, softcap(logits, config.attn_softcap), MASKED)
+        new = jnp.maximum(largest, logits.max(-1))
+        kept, p = jnp.exp(largest - new), jnp.exp(logits - new[..., None])
+        share = einsum("bkqs,bksh->bkqh", p.astype(value.dtype), value, jnp.float32)
+        return new, total * kept + p.sum(-1), mixed * kept[..., None] + share
 
-    parts = [scores(k, positions, jnp.tril(jnp.ones((1, T, T), bool)))]
-    values = [v]
-    if past is not None:
-        at = jnp.arange(past[0].shape[1])[None]
-        parts.insert(0, scores(past[0], at, (at < positions[:, :1])[:, None]))
-        values.insert(0, past[1])
-    if config.attn_sinks:
-        parts.append(jnp.broadcast_to(weights["sinks"].reshape(K, G, 1, 1), (B, K, G, T, 1)))
-    p = jax.nn.softmax(jnp.concatenate(parts, axis=-1)).astype(v.dtype)
-    bounds = np.cumsum([part.shape[-1] for part in parts])[:-1]
-    # The sinks' share of p has no values to mix.
-    shares = jnp.split(p, bounds, axis=-1)
-    mixed = einsum("bkgts,bskh->btkgh", shares[0], values[0])
-    for share, value in zip(shares[1:], values[1:], strict=False):
-        mixed = mixed + einsum("bkgts,bskh->btkgh", share, value)
-    return project("btnh,nhd->btd", mixed.reshape(B, T, K * G, H), weights, "wo"), (k, v)
+    largest, total = jnp.full((B, K, G * T), MASKED), jnp.zeros((B, K, G * T))
+    if config.attn_sinks:  # they take a share of the softmax and have no values to mix
+        largest = jnp.broadcast_to(jnp.repeat(weights["sinks"].reshape(K, G), T, axis=1), total.shape)
+        total = total + 1.0
+    carry = (largest, total, jnp.zeros((B, K, G * T, H)))
+    if keys.v.shape[-2] == size:
+        carry = chunk(0, carry)
+    else:
+        first, end = 0, keys.v.shape[-2] // size
+        if not fresh:
+            first = 0 if window is None else jnp.maximum(positions.min() - window + 1, 0) // size
+            end = positions.max() // size + 1
+        carry = lax.fori_loop(first, end, chunk, carry)
+    mixed = (carry[2] / carry[1][..., None]).astype(x.dtype)
+    mixed = jnp.moveaxis(mixed.reshape(B, K, G, T, H), 3, 1).reshape(B, T, K * G, H)
+    # einsum sums in alphabetical order of its letters: that of the weight in memory saves copying it
+    return project("btno,nod->btd", mixed, weights, "wo"), cache
+
+
+def read_cache(cache: Cache, index, start, size: int):
+    """`size` keys `[B, K, H, size]` and values `[B, K, size, H]` from position `start` on, of layer `index` if it holds several."""
+
+    def part(array, axis):
+        starts, sizes = [0] * array.ndim, list(array.shape)
+        starts[axis], sizes[axis] = start, size
+        if index is None:
+            return lax.dynamic_slice(array, starts, sizes)
+        starts[0], sizes[0] = index, 1
+        return lax.dynamic_slice(array, starts, sizes)[0]
+
+    return part(cache.k, -1), part(cache.v, -2)
+
+
+def write_cache(cache: Cache, index, new: Cache, start) -> Cache:
+    """Put `new` keys `[B, K, H, T]` and values `[B, K, T, H]` at each row's own positions `start[b] ...` (`index` as above)."""
+
+    def put(whole, new, axis):
+        def row(whole, new, at):
+            starts = [0] * whole.ndim
+            starts[axis] = at
+            if index is None:
+                return lax.dynamic_update_slice(whole, new, starts)
+            starts[0] = index
+            return lax.dynamic_update_slice(whole, new[None], starts)
+
+        rows = 0 if index is None else 1
+        return jax.vmap(row, (rows, 0, 0), rows)(whole, new, start)
+
+    return Cache(put(cache.k, new.k, -1), put(cache.v, new.v, -2))
 
 
 # How an MLP's hidden units are made from its one or two projections.
@@ -210,34 +269,15 @@ def grouped(expert, counts, _spec, x, weights, name):
     return y + weights[f"{name}_bias"][expert].astype(y.dtype) if f"{name}_bias" in weights else y
 
 
-@functools.partial(jax.jit, static_argnums=0)  # traced once for all layers when they are separate
-def layer(config: ModelConfig, weights, x, positions, rotation, window, past):
-    """One block. Returns what it adds to the residual stream, by attention and by MLP, and its keys and values."""
+@functools.partial(jax.jit, static_argnames=("config", "fresh"))  # traced once for all layers when they are separate
+def layer(config: ModelConfig, weights, x, positions, rotation, window, cache, index, fresh: bool):
+    """One block. Returns what it adds to the residual stream, by attention and by MLP, and the cache (see `attention`)."""
     attn_in = norm(config, x, weights, "attn_norm")
-    attn_out, kv = attention(config, weights, attn_in, positions, rotation, window, past)
+    attn_out, cache = attention(config, weights, attn_in, positions, rotation, window, cache, index, fresh)
     attn_out = norm(config, attn_out, weights, "attn_post_norm") * config.residual_scale
     mlp_in = norm(config, x if config.parallel else x + attn_out, weights, "mlp_norm")
     mlp_out = (experts if config.n_experts else mlp)(config, weights, mlp_in)
-    return attn_out, norm(config, mlp_out, weights, "mlp_post_norm") * config.residual_scale, kv
-
-
-def write_cache(cache: Cache, index, kv, start) -> Cache:
-    """Put new keys and values `[B, T, K, H]` of layer `index` at each row's own positions `start[b] ...`."""
-
-    def put(rows, new):
-        return jax.vmap(lambda row, new, at: lax.dynamic_update_slice(row, new, (at, 0, 0)))(rows, new, start)
-
-    def put_stacked(cached, new):
-        def at_row(row, new, at):
-            return lax.dynamic_update_slice(row, new[None], (index, at, 0, 0))
-
-        return jax.vmap(at_row, in_axes=(1, 0, 0), out_axes=1)(cached, new, start)
-
-    if not isinstance(cache.k, tuple):
-        return Cache(put_stacked(cache.k, kv[0]), put_stacked(cache.v, kv[1]))
-    k, v = list(cache.k), list(cache.v)
-    k[index], v[index] = put(k[index], kv[0]), put(v[index], kv[1])
-    return Cache(tuple(k), tuple(v))
+    return attn_out, norm(config, mlp_out, weights, "mlp_post_norm") * config.residual_scale, cache
 
 
 def forward(
@@ -258,7 +298,7 @@ def forward(
     residual stream after the last layer `[B, T, D]`, the cache, and what `probes` asked for (a `Captured`); None for
     what was not given.
     """
-    fresh = start is None
+    fresh, stacked = start is None, params_lib.is_stacked(params)
     if cache is None and not fresh:
         raise ValueError("tokens that start later than position 0 need a cache of what came before")
     B, T = tokens.shape
@@ -275,9 +315,9 @@ def forward(
     def block(carry, inputs):
         x, cache, captured = carry
         index, kind, weights, intervention, probe = inputs
-        past = None if fresh else (cache.k[index], cache.v[index])
         rotation, window = rotations[kind] if dim else None, jnp.asarray(windows)[kind] if windowed else None
-        attn_out, mlp_out, kv = layer(config, weights, x, positions, rotation, window, past)
+        own, number = (cache, index) if stacked or cache is None else (Cache(cache.k[index], cache.v[index]), None)
+        attn_out, mlp_out, own = layer(config, weights, x, positions, rotation, window, own, number, fresh)
         after = x + attn_out + mlp_out
         steered, scores = after, None
         if interventions is not None:
@@ -292,9 +332,11 @@ def forward(
                 "unsteered": after,
             }
             captured = capture.collect(probes, probe, captured, sites, positions, scores)
-        if cache is not None:
-            cache = write_cache(cache, index, kv, begin)
-        return (steered, cache, captured), None
+        if cache is not None and not stacked:
+            own = Cache(
+                *((*whole[:index], part, *whole[index + 1 :]) for whole, part in ((cache.k, own.k), (cache.v, own.v)))
+            )
+        return (steered, own, captured), None
 
     x = params["embed"][tokens] * config.embed_scale
     if config.learned_positions:
@@ -305,7 +347,7 @@ def forward(
         None if probes is None else probes.layers,
     )
     carry = (x, cache, captured)
-    if params_lib.is_stacked(params):
+    if stacked:
         carry, _ = lax.scan(block, carry, (jnp.arange(config.n_layers), pattern, params["layers"], *per_layer))
     else:
         for i, weights in enumerate(params["layers"]):
