@@ -179,7 +179,10 @@ def test_only_the_tokens_from_skip_to_longest_without_sinks_are_read(lm, monkeyp
     means, _ = extraction.pooled(lm, texts, skip=5, longest=8)
     assert not any(capture.sinks for capture in asked)
     cut = [lm.tokenizer.decode(lm.tokenizer.encode(text)[:8]) for text in texts]
-    assert np.allclose(means, extraction.pooled(lm, cut, skip=5)[0], atol=1e-5)
+    want = extraction.pooled(lm, cut, skip=5)[0]
+    assert (
+        np.linalg.norm(means - want, axis=-1) < 1e-5 * np.linalg.norm(want, axis=-1)
+    ).all()  # rounding grows with length
 
 
 def test_every_short_text_is_named_before_the_work(lm):
