@@ -1,8 +1,8 @@
 """The decode loop: KV cache, sampling, steering and readout inside one compiled program.
 
-`prefill` reads the prompts and samples each row's first token; `decode` runs until every row has stopped or a limit
-is reached, and can be called again to go on (to show text as it comes). Shapes are fixed by the padded prompt length
-and the room for new tokens; everything else is a value.
+`prefill` reads prompts, `begin` samples each row's first token, and `decode` goes on until every row is done or a number of
+steps is made; it can be called again (to show text as it comes). Rows that are done can give their place to rows that wait,
+inside the loop. Shapes are fixed by the padded prompt length and the room for new tokens; everything else is a value.
 """
 
 import functools
@@ -35,18 +35,19 @@ class Sampling:
 
 @flax.struct.dataclass
 class State:
-    """Everything the loop carries. N is the room for new tokens."""
+    """What the loop carries of B rows; N is the room for new tokens. A row depends on nothing of the others."""
 
-    step: jax.Array  # [] tokens written so far
-    token: jax.Array  # [B] sampled, not yet written or read
-    logprob: jax.Array  # [B] its log-probability at temperature 1
-    position: jax.Array  # [B] its absolute position
+    job: jax.Array  # [B] a number that tells the row from others, wherever it goes
+    token: jax.Array  # [B] the last one written, not yet read
+    prompt: jax.Array  # [B] tokens of the prompt
+    most: jax.Array  # [B] tokens that may be written
+    lengths: jax.Array  # [B] tokens that are written
     done: jax.Array  # [B]
     tokens: jax.Array  # [B, N]
     logprobs: jax.Array  # [B, N]
-    lengths: jax.Array  # [B] tokens before the stop token
-    whole: jax.Array  # [B] how long the row can get: its prompt and all that may be asked for
     scores: Any  # [B, N, E], or None where nothing is read
+    sampling: Sampling
+    interventions: Any  # without what all rows share
     cache: model.Cache
 
 
@@ -64,9 +65,19 @@ def filter_logits(logits: jax.Array, top_k: jax.Array, top_p: jax.Array, min_p: 
     return jnp.where(logits >= lowest, logits, -jnp.inf)
 
 
+def largest(logits: jax.Array) -> jax.Array:
+    """Where each row of `logits [B, V]` is largest, the first of equals: XLA:CPU's own argmax is ten times as slow."""
+    B, V = logits.shape
+    n = 256
+    parts = jnp.pad(logits, ((0, 0), (0, -V % n)), constant_values=-jnp.inf).reshape(B, -1, n)
+    part = jnp.argmax(parts.max(-1), axis=-1)
+    within = jnp.argmax(jnp.take_along_axis(parts, part[:, None, None], axis=1)[:, 0], axis=-1)
+    return (part * n + within).astype(jnp.int32)
+
+
 def sample(logits: jax.Array, sampling: Sampling, position: jax.Array) -> tuple[jax.Array, jax.Array]:
     """The next token `[B]` and its log-probability under `logits [B, V]` (before temperature and filters)."""
-    greedy = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    greedy = largest(logits)
 
     def draw():
         scaled = logits / jnp.where(sampling.temperature > 0, sampling.temperature, 1.0)[:, None]
@@ -84,83 +95,157 @@ def sample(logits: jax.Array, sampling: Sampling, position: jax.Array) -> tuple[
     return token, chosen - jax.nn.logsumexp(logits, axis=-1)
 
 
-@functools.partial(jax.jit, static_argnames=("config", "room"))
+@functools.partial(jax.jit, static_argnames=("config", "positions"), donate_argnames="cache")
 def prefill(
     config: ModelConfig,
     params: params_lib.Params,
     ids: jax.Array,
     lengths: jax.Array,
-    sampling: Sampling,
+    whole: jax.Array,
     interventions: steering.Interventions | None,
     probes: capture.Probes | None,
-    new_tokens: jax.Array,
+    positions: int,
+    start: jax.Array | None = None,
+    cache: model.Cache | None = None,
+) -> tuple[jax.Array, model.Cache, Any]:
+    """Read prompts `ids [B, T]` into a cache of `positions`, or on from position `start [B]` of the `cache` given.
+
+    `lengths [B]` are the prompts' whole lengths, `whole [B]` those with all that may be generated. Returns the logits
+    `[B, V]` of the next token, the cache, and what `probes` asked for.
+    """
+    if cache is None:
+        cache = model.init_cache(config, len(ids), positions, params["embed"].dtype, params_lib.is_stacked(params))
+    x, cache, captured = model.forward(config, params, ids, start, cache, interventions, probes, whole)
+    last = lengths - 1 - (0 if start is None else start)
+    x = jnp.take_along_axis(x, last[:, None, None], axis=1)[:, 0]
+    return model.unembed(config, params, x), cache, captured
+
+
+@functools.partial(jax.jit, static_argnames="room")
+def begin(
+    logits: jax.Array,
+    cache: model.Cache,
+    job: jax.Array,
+    prompt: jax.Array,
+    most: jax.Array,
+    sampling: Sampling,
+    stop: jax.Array,
+    interventions: steering.Interventions | None,
+    probes: capture.Probes | None,
     room: int,
 ) -> State:
-    """Read prompts `ids [B, T]` and sample the first token; the cache gets T + `room` positions.
-
-    `new_tokens [] <= room` is how many will be asked for at most.
-    """
-    B, T = ids.shape
-    cache = model.init_cache(config, B, T + room, params["embed"].dtype, params_lib.is_stacked(params))
-    whole = lengths + new_tokens
-    x, cache, _ = model.forward(config, params, ids, cache=cache, interventions=interventions, lengths=whole)
-    last = jnp.take_along_axis(x, (lengths - 1)[:, None, None], axis=1)[:, 0]
-    token, logprob = sample(model.unembed(config, params, last), sampling, lengths)
+    """The rows whose prompts are in `cache`, each with its first token. `most [B] <= room` is how many it may get."""
+    B = len(job)
+    none = jnp.zeros(B, jnp.int32)
     scores = None if probes is None else jnp.zeros((B, room, probes.layers.directions.shape[1]), jnp.float32)
-    return State(
-        step=jnp.int32(0),
-        token=token,
-        logprob=logprob,
-        position=lengths,
-        done=jnp.zeros(B, bool),
-        tokens=jnp.zeros((B, room), jnp.int32),
-        logprobs=jnp.zeros((B, room), jnp.float32),
-        lengths=jnp.zeros(B, jnp.int32),
-        whole=whole,
-        scores=scores,
-        cache=cache,
+    state = State(job, none, prompt, most, none, none > 0, jnp.zeros((B, room), jnp.int32), jnp.zeros((B, room)), scores,
+                  sampling, interventions, cache)  # fmt: skip
+    return write(state, logits, stop)
+
+
+def write(s: State, logits: jax.Array, stop: jax.Array) -> State:
+    """Sample each row's next token from `logits [B, V]` and write it, unless it ends the row.
+
+    A row is done when its last token is written or, where it is to be scored, when that has been read.
+    """
+    token, logprob = sample(logits, s.sampling, s.prompt + s.lengths)
+    done = s.done | (token[:, None] == stop).any(-1) | (s.lengths >= s.most)
+    row, column = jnp.arange(len(done)), jnp.where(done, s.tokens.shape[1], s.lengths)  # out of bounds: not written
+    lengths = s.lengths + ~done
+    return s.replace(
+        token=jnp.where(done, s.token, token),
+        lengths=lengths,
+        done=done | (lengths >= s.most) if s.scores is None else done,
+        tokens=s.tokens.at[row, column].set(token, mode="drop"),
+        logprobs=s.logprobs.at[row, column].set(logprob, mode="drop"),
     )
 
 
-@functools.partial(jax.jit, static_argnames="config", donate_argnames="state")
+@functools.partial(jax.jit, static_argnames="config", donate_argnames=("state", "queue"))
 def decode(
     config: ModelConfig,
     params: params_lib.Params,
+    shared: steering.LayerInterventions | None,
     state: State,
-    sampling: Sampling,
     stop: jax.Array,
-    limit: jax.Array,
-    interventions: steering.Interventions | None,
+    steps: jax.Array,
     probes: capture.Probes | None,
-) -> State:
-    """Write tokens until step `limit` or until every row is done. `stop [n]` holds the token ids that end a row.
+    queue: State | None = None,
+    waiting: jax.Array | None = None,
+    last: jax.Array | bool = True,
+) -> tuple[State, State | None, jax.Array | None]:
+    """Make `steps` steps, or fewer where every row is done. `stop [n]` holds the token ids that end a row.
 
     Each token is fed through the model once; from that pass come the next token and, through `probes` (the scores of
-    one layer), its own scores. The stop token is not written.
+    one layer), its own scores. The stop token is not written. `shared` has the interventions' bank and the layers where it
+    acts (see `steering.split`).
+
+    With a `queue` of rows, of which some are `waiting [Q]`, each row that is done changes places with one that waits. Unless
+    these are the `last`, the loop then also ends when a place is free and nobody waits.
     """
 
-    def step(s: State) -> State:
-        done = s.done | (s.token[:, None] == stop).any(-1)
-        x, cache, captured = model.forward(
-            config, params, s.token[:, None], s.position, s.cache, interventions, probes, s.whole
-        )
-        token, logprob = sample(model.unembed(config, params, x[:, 0]), sampling, s.position + 1)
-        scores = s.scores
-        if captured is not None:
-            read = jnp.where(done[:, None], 0, captured.scores["resid_post"][0, :, 0])
-            scores = scores.at[:, s.step].set(read)
-        return State(
-            step=s.step + 1,
-            token=jnp.where(done, s.token, token),
-            logprob=logprob,
-            position=jnp.where(done, s.position, s.position + 1),
-            done=done,
-            tokens=s.tokens.at[:, s.step].set(jnp.where(done, 0, s.token)),
-            logprobs=s.logprobs.at[:, s.step].set(jnp.where(done, 0, s.logprob)),
-            lengths=s.lengths + ~done,
-            whole=s.whole,
-            scores=scores,
-            cache=cache,
-        )
+    def refill(carry):
+        state, queue, waiting = carry
+        row, at = jnp.argmax(state.done), jnp.argmax(waiting)
+        return *exchange(state, row, queue, at), waiting.at[at].set(False)
 
-    return lax.while_loop(lambda s: (s.step < limit) & ~s.done.all(), step, state)
+    def step(carry):
+        i, s, queue, waiting = carry
+        if queue is not None:
+            s, queue, waiting = lax.while_loop(lambda c: c[0].done.any() & c[2].any(), refill, (s, queue, waiting))
+        interventions = s.interventions
+        if interventions is not None:
+            layers = interventions.layers.replace(bank=shared.bank, acts=shared.acts)
+            interventions = interventions.replace(layers=layers)
+        position = jnp.where(s.done, 0, s.prompt + s.lengths - 1)  # a row that is done no longer needs its cache
+        x, cache, captured = model.forward(
+            config, params, s.token[:, None], position, s.cache, interventions, probes, s.prompt + s.most
+        )
+        s = s.replace(cache=cache)
+        if captured is not None:
+            at = jnp.arange(len(s.done)), jnp.where(s.done, s.tokens.shape[1], s.lengths - 1)
+            s = s.replace(scores=s.scores.at[at].set(captured.scores["resid_post"][0, :, 0], mode="drop"))
+        return i + 1, write(s, model.unembed(config, params, x[:, 0]), stop), queue, waiting
+
+    def more(carry):
+        i, s, _, waiting = carry
+        busy = ~s.done.all()
+        if queue is not None:
+            busy = (busy | waiting.any()) & (last | ~s.done.any() | waiting.any())
+        return (i < steps) & busy
+
+    return lax.while_loop(more, step, (jnp.int32(0), state, queue, waiting))[1:]
+
+
+def axes(state: State) -> State:
+    """Along which axis of each leaf the rows lie."""
+    cache = jax.tree.map(lambda leaf: leaf.ndim - 4, state.cache)
+    found = jax.tree.map(lambda _: 0, state).replace(cache=cache)
+    if state.interventions is None:
+        return found
+    layers = jax.tree.map(lambda _: 1, state.interventions.layers)
+    return found.replace(interventions=found.interventions.replace(layers=layers))
+
+
+def exchange(state: State, row: jax.Array, queue: State, at: jax.Array) -> tuple[State, State]:
+    """`row` of `state` and row `at` of the `queue` in one another's place. The cache of what leaves is lost."""
+
+    def put(axis, x, i, y, j):
+        return lax.dynamic_update_index_in_dim(x, lax.dynamic_index_in_dim(y, j, axis), i, axis)
+
+    where = axes(state)
+    filled = jax.tree.map(lambda axis, x, y: put(axis, x, row, y, at), where, state, queue)
+    where, state = where.replace(cache=None), state.replace(cache=None)
+    left = jax.tree.map(lambda axis, y, x: put(axis, y, at, x, row), where, queue.replace(cache=None), state)
+    return filled, left.replace(cache=queue.cache)
+
+
+@jax.jit
+def take(state: State, index: jax.Array) -> State:
+    """The rows `index [n]`, in this order; the same one may be among them several times."""
+    return jax.tree.map(lambda axis, leaf: jnp.take(leaf, index, axis), axes(state), state)
+
+
+@jax.jit
+def take_cache(cache: model.Cache, index: jax.Array) -> model.Cache:
+    return jax.tree.map(lambda leaf: jnp.take(leaf, index, leaf.ndim - 4), cache)

@@ -274,7 +274,7 @@ class LanguageModel:
           stream: called after every token with each row's new piece of text.
         """
         batch = self._batch(prompts)
-        B, _T = batch.ids.shape
+        B, T = batch.ids.shape
         if not isinstance(max_new_tokens, int | np.integer) or max_new_tokens < 1:
             raise ValueError(f"max_new_tokens is {max_new_tokens!r}; it must be a whole number, at least 1")
         if layer is not None and read is None:
@@ -296,29 +296,22 @@ class LanguageModel:
             probes = capture_lib.resolve(self.config, wanted, batch)
 
         room = tokens_lib.bucket(max_new_tokens, 16)
-        state = generate.prefill(
-            self.config,
-            self.params,
-            batch.ids,
-            batch.lengths,
-            sampling,
-            interventions,
-            probes,
-            np.int32(max_new_tokens),
-            room,
+        most = np.full(B, max_new_tokens, np.int32)
+        logits, cache, _ = generate.prefill(self.config, self.params, batch.ids, batch.lengths, batch.lengths + most,
+                                            interventions, None, T + room)  # fmt: skip
+        own, shared = (None, None) if interventions is None else steering_lib.split(interventions)
+        state = generate.begin(
+            logits, cache, np.arange(B, dtype=np.int32), batch.lengths, most, sampling, stop_ids, own, probes, room
         )
         shown = [0] * B
-        pace = 1 if stream else 16 if stop_texts else max_new_tokens
-        limit = 0
-        while limit < max_new_tokens:
-            limit = min(limit + pace, max_new_tokens)
-            state = generate.decode(
-                self.config, self.params, state, sampling, stop_ids, np.int32(limit), interventions, probes
-            )
+        pace = 1 if stream else 16 if stop_texts else max_new_tokens + 1
+        while True:
+            if not stream:
+                state, *_ = generate.decode(self.config, self.params, shared, state, stop_ids, np.int32(pace), probes)
             if not (stream or stop_texts):
                 break
             done = np.asarray(state.done)
-            finished = done.all() or limit == max_new_tokens
+            finished = done.all()
             texts = self._texts(state.tokens, state.lengths)
             ends = [_first(text, stop_texts) for text in texts]  # where a stop string ends the text, in characters
             if stream:
@@ -330,12 +323,19 @@ class LanguageModel:
                     upto = min(safe, ends[i])
                     pieces.append(text[shown[i] : upto])
                     shown[i] = max(shown[i], upto)
-                stream(pieces)
-            stopped = done | np.array([end <= len(text) for end, text in zip(ends, texts, strict=True)])
+                if any(pieces) or not finished:
+                    stream(pieces)
+            stopped = done | [end <= len(text) for end, text in zip(ends, texts, strict=True)]
+            if read is not None:  # what is kept must have been read, which is a step after it is written
+                tokens, lengths = np.asarray(state.tokens), np.asarray(state.lengths)
+                for i in np.flatnonzero(stopped & ~done):
+                    stopped[i] = self._cut(tokens[i, : lengths[i]], stop_texts)[1] < lengths[i]
             if stopped.all():
                 break
             if stop_texts:
                 state = state.replace(done=jnp.asarray(stopped))
+            if stream:
+                state, *_ = generate.decode(self.config, self.params, shared, state, stop_ids, np.int32(pace), probes)
 
         # Cut on the host: a slice of a device array compiles.
         tokens, lengths = np.array(state.tokens)[:, :max_new_tokens], np.array(state.lengths)
@@ -343,15 +343,10 @@ class LanguageModel:
         scores = None if state.scores is None else np.array(state.scores)[:, :max_new_tokens]
         written: Any = None
         if self._tokenizer is not None:
-            written = self._texts(tokens, lengths)
-            for i, text in enumerate(written):
-                end = _first(text, stop_texts)
-                if end > len(text):
-                    continue
-                written[i] = text[:end]
-                kept = 0  # the fewest tokens that hold the text before the stop
-                while not self.tokenizer.decode(tokens[i, :kept]).startswith(written[i]):
-                    kept += 1
+            written = []
+            for i, row in enumerate(tokens):
+                text, kept = self._cut(row[: lengths[i]], stop_texts)
+                written.append(text)
                 lengths[i], tokens[i, kept:], logprobs[i, kept:] = kept, 0, 0
                 if scores is not None:
                     scores[i, kept:] = 0
@@ -376,6 +371,16 @@ class LanguageModel:
             else:
                 ids.append(int(item))
         return np.array(ids + [-1] * (max(8, len(ids)) - len(ids)), np.int32), texts
+
+    def _cut(self, tokens: np.ndarray, stops: Sequence[str]) -> tuple[str, int]:
+        """The text of `tokens` up to the first of `stops`, and the fewest tokens that hold it."""
+        text = self.tokenizer.decode(tokens)
+        end, kept = _first(text, stops), len(tokens)
+        if end <= len(text):
+            text, kept = text[:end], 0
+            while not self.tokenizer.decode(tokens[:kept]).startswith(text):
+                kept += 1
+        return text, kept
 
     def _texts(self, tokens, lengths) -> list[str]:
         rows = zip(np.asarray(tokens), np.asarray(lengths), strict=True)

@@ -16,15 +16,16 @@ import dataclasses
 import functools
 import itertools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.struct
 import jax
 import numpy as np
+from jax import lax
 
 from jaxemo import kernels
 from jaxemo.config import ModelConfig
-from jaxemo.tokens import Array, Selection, Span, TokenBatch, spans, turns_of
+from jaxemo.tokens import Array, Selection, Span, TokenBatch, Turn, spans, turns_of
 
 ADD, SET, DAMPEN = "add", "set", "dampen"  # `set` fixes the projection: clamp, or ablate at 0
 
@@ -189,10 +190,11 @@ def check_made_for(config: ModelConfig, made_for: str) -> None:
 class LayerInterventions:
     """What one layer needs (or all layers, with a leading L axis). M is the number of distinct directions in use."""
 
-    bank: Array  # [M, D] float32 unit directions
+    bank: Any  # [M, D] float32 unit directions
     a: Array  # [B, M] float32
     b: Array  # [B, M] float32
     keep_norm: Array  # [B] bool
+    acts: Any  # [] bool: whether anything acts here, if only with strength 0; else the layer is passed over
 
 
 @flax.struct.dataclass
@@ -208,7 +210,29 @@ def apply(steering: Interventions, layer: LayerInterventions, x: jax.Array, star
 
     Returns x' in x's type, and its float32 scores `[B, T, E]` on `directions [E, D]`, from the same pass (None without).
     """
-    return kernels.steer_project(x, layer.bank, layer.a, layer.b, steering.spans, start, layer.keep_norm, directions)
+
+    def act(x):
+        return kernels.steer_project(
+            x, layer.bank, layer.a, layer.b, steering.spans, start, layer.keep_norm, directions
+        )
+
+    def pass_over(x):
+        return x, None if directions is None else kernels.project(x, directions)
+
+    return lax.cond(layer.acts, act, pass_over, x)
+
+
+Slots = dict[tuple[bytes, int], int]  # a direction's bytes and which of a row's uses of it → its number in the bank
+
+
+class Entry(NamedTuple):
+    """What one slot of the bank does in one row."""
+
+    directions: np.ndarray  # [L, D]
+    a: np.ndarray  # [L]
+    b: np.ndarray  # [L]
+    active: np.ndarray  # [L] bool
+    span: Span
 
 
 def resolve(
@@ -227,83 +251,112 @@ def resolve(
     rows = [steering] * len(lengths) if steering is None or isinstance(steering, Steering) else list(steering)
     if len(rows) != len(lengths):
         raise ValueError(f"{len(rows)} steerings for {len(lengths)} rows; give one for all or one (or None) a row")
-    for i, given in enumerate(rows):
-        if given is not None and not isinstance(given, Steering):
-            raise TypeError(f"the steering of row {i} is {type(given).__name__}, not a Steering or None")
+    known: dict[Any, list[Entry]] = {}
+    found = []
+    for i, (given, length, turns) in enumerate(zip(rows, lengths, turns_of(batch), strict=True)):
+        key = (id(given), length, turns)
+        if key not in known:
+            known[key] = entries(config, given, length, turns, new_tokens, i)
+        found.append(known[key])
+    slots: Slots = {}
+    numbers = [assign(row, slots) for row in found]
+    arrays = arrange(config, rows, found, numbers, room(slots))
+    return arrays.replace(layers=arrays.layers.replace(bank=bank(config, slots)))
 
-    L, B, D = config.n_layers, len(rows), config.d_model
-    bank: list[np.ndarray] = []
-    slot_of: dict[Any, int] = {}
-    filled: set[tuple[int, int]] = set()
-    entries = []  # (row, slot, a [L], b [L], span)
-    keep_norm = np.zeros((L, B), bool)
-    cache: dict[Any, list] = {}
-    for row, (spec, length, turns) in enumerate(zip(rows, lengths, turns_of(batch), strict=True)):
-        if spec is None:
-            continue
-        check_made_for(config, spec.made_for)
-        for term in spec.terms:
-            if term.directions.shape != (L, D):
-                raise ValueError(f"directions of shape {list(term.directions.shape)} do not fit a model with "
-                                 f"{L} layers of width {D} (row {row})")  # fmt: skip
-            if spec.keep_norm:
-                keep_norm[:, row] |= term.active
-        key = (id(spec), length, turns)
-        if key not in cache:
-            cache[key] = _row_entries(
-                spec, functools.partial(spans, length=length, new_tokens=new_tokens, turns=turns, row=row)
-            )
-        for directions, a, b, span in cache[key]:
-            # A row may use one direction over several spans: each needs a slot of its own, which other rows share.
-            copy = 0
-            while (row, slot_of.setdefault((directions.tobytes(), copy), len(bank))) in filled:
-                copy += 1
-            slot = slot_of[directions.tobytes(), copy]
-            if slot == len(bank):
-                bank.append(directions)
-            filled.add((row, slot))
-            entries.append((row, slot, a, b, span))
 
-    M = 4
-    while len(bank) > M:
-        M *= 2
-    arrays = LayerInterventions(
-        bank=np.zeros((L, M, D), np.float32),
-        a=np.zeros((L, B, M), np.float32),
-        b=np.zeros((L, B, M), np.float32),
-        keep_norm=keep_norm,
-    )
-    where = np.zeros((B, M, 2), np.int32)
-    for slot, directions in enumerate(bank):
-        arrays.bank[:, slot] = directions
-    for row, slot, a, b, span in entries:
-        arrays.a[:, row, slot], arrays.b[:, row, slot], where[row, slot] = a, b, span
-    return Interventions(arrays, where)
+def split(interventions: Interventions) -> tuple[Interventions, LayerInterventions]:
+    """What each row has of its own, and what all rows share."""
+    layers = interventions.layers
+    own = interventions.replace(layers=layers.replace(bank=None, acts=None))
+    return own, layers.replace(a=None, b=None, keep_norm=None)
+
+
+def entries(
+    config: ModelConfig,
+    spec: Steering | None,
+    length: int,
+    turns: Sequence[Turn],
+    new_tokens: int,
+    row: int | None = None,
+) -> list[Entry]:
+    """What `spec` does in a row of `length` prompt tokens, `turns` and up to `new_tokens` more. Errors as `resolve`."""
+    if spec is None:
+        return []
+    if not isinstance(spec, Steering):
+        raise TypeError(f"the steering of row {row} is {type(spec).__name__}, not a Steering or None")
+    check_made_for(config, spec.made_for)
+    for term in spec.terms:
+        if term.directions.shape != (config.n_layers, config.d_model):
+            raise ValueError(f"directions of shape {list(term.directions.shape)} do not fit a model with "
+                             f"{config.n_layers} layers of width {config.d_model} (row {row})")  # fmt: skip
+    return _row_entries(spec, functools.partial(spans, length=length, new_tokens=new_tokens, turns=turns, row=row))
+
+
+def assign(row: Sequence[Entry], slots: Slots) -> list[int]:
+    """The slot of each of a row's entries, added to `slots` where it is not there yet.
+
+    A row may use one direction over several spans: each needs a slot of its own, which other rows share.
+    """
+    numbers: list[int] = []
+    for entry in row:
+        copy, direction = 0, entry.directions.tobytes()
+        while (number := slots.setdefault((direction, copy), len(slots))) in numbers:
+            copy += 1
+        numbers.append(number)
+    return numbers
+
+
+def room(slots: Slots) -> int:
+    """The size M of a bank with `slots`."""
+    return max(4, 1 << (len(slots) - 1).bit_length()) if slots else 4
+
+
+def bank(config: ModelConfig, slots: Slots) -> np.ndarray:
+    """The directions of `slots`, `[L, M, D]`."""
+    found = np.zeros((config.n_layers, room(slots), config.d_model), np.float32)
+    for (direction, _), number in slots.items():
+        found[:, number] = np.frombuffer(direction, np.float32).reshape(config.n_layers, -1)
+    return found
+
+
+def arrange(config: ModelConfig, rows, found, numbers, M: int) -> Interventions:
+    """The arrays of a batch without the bank, from each row's Steering, its entries and their slots, of `M`."""
+    L, B = config.n_layers, len(rows)
+    a, b, keep_norm = np.zeros((L, B, M), np.float32), np.zeros((L, B, M), np.float32), np.zeros((L, B), bool)
+    where, acts = np.zeros((B, M, 2), np.int32), np.zeros(L, bool)
+    for row, (spec, of_row, slots) in enumerate(zip(rows, found, numbers, strict=True)):
+        if spec is not None and spec.keep_norm:
+            keep_norm[:, row] = np.any([term.active for term in spec.terms], axis=0)
+        for entry, slot in zip(of_row, slots, strict=True):
+            a[:, row, slot], b[:, row, slot], where[row, slot] = entry.a, entry.b, entry.span
+            acts |= entry.active
+    return Interventions(LayerInterventions(None, a, b, keep_norm, acts), where)
 
 
 def _row_entries(spec: Steering, spans_of: Callable[[Selection], list[Span]]):
-    """One row's (directions [L, D], a [L], b [L], span) for every slot it needs."""
-    entries, fixed = [], []
+    """One row's Entry for every slot it needs."""
+    made: list[Entry] = []
+    fixed = []
     for term in spec.terms:
         found = spans_of(term.tokens)
         if term.kind == SET:
             fixed += [(span, term) for span in found]
             continue
         a, b = (term.value, 0 * term.value) if term.kind == ADD else (0 * term.value, term.value)
-        entries += [(term.directions, a, b, span) for span in found]
+        made += [Entry(term.directions, a, b, term.active, span) for span in found]
     # Projections that are set together must not undo one another: between any two bounds the same terms act, and
     # their directions are made orthonormal there.
     bounds = sorted({bound for span, _ in fixed for bound in span})
     for start, stop in itertools.pairwise(bounds):
         acting = [term for span, term in fixed if span.start <= start and stop <= span.stop]
-        entries += [(*slot, Span(start, stop)) for slot in _orthonormal(acting)]
-    return entries
+        made += [Entry(*slot, Span(start, stop)) for slot in _orthonormal(acting)]
+    return made
 
 
 def _orthonormal(terms: Sequence[Term]):
-    """(directions [L, D], a [L], b [L]) such that all of `terms`' projections are set at once."""
+    """(directions [L, D], a [L], b [L], active [L]) such that all of `terms`' projections are set at once."""
     if len(terms) < 2:
-        return [(t.directions, t.value, t.active.astype(np.float32)) for t in terms]
+        return [(t.directions, t.value, t.active.astype(np.float32), t.active) for t in terms]
     L, D = terms[0].directions.shape
     directions = np.zeros((len(terms), L, D), np.float32)
     a, b = np.zeros((2, len(terms), L), np.float32)
@@ -320,4 +373,4 @@ def _orthonormal(terms: Sequence[Term]):
         if not np.allclose(reached, target, rtol=1e-4, atol=1e-6):
             raise ValueError(f"at layer {layer} the same direction is set to different values: {target.tolist()}")
         directions[:rank, layer], a[:rank, layer], b[:rank, layer] = basis[:rank], goal, 1
-    return [(directions[j], a[j], b[j]) for j in range(len(terms)) if b[j].any()]
+    return [(directions[j], a[j], b[j], b[j] > 0) for j in range(len(terms)) if b[j].any()]

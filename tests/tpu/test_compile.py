@@ -123,17 +123,20 @@ def test_decode_loop_compiles_and_updates_its_cache_in_place(chip):
     probes = capture.resolve(config, Capture(scores={"resid_post": [24]}, directions=bank), batch)
     sampling = generate.Sampling(*(np.zeros(B, np.float32), np.zeros(B, np.int32), np.ones(B, np.float32)),
                                  np.zeros(B, np.float32), jax.eval_shape(lambda: jax.random.split(jax.random.key(0), B)))  # fmt: skip
-    state = jax.eval_shape(
-        lambda *a: generate.prefill(config, *a, np.int32(ROOM), ROOM),
-        weights,
-        batch.ids,
-        batch.lengths,
-        sampling,
-        interventions,
-        probes,
-    )
-    arguments = on(sharding, (weights, state, sampling, np.zeros(8, np.int32), np.int32(ROOM), interventions, probes))
-    compiled = generate.decode.lower(config, *arguments).compile()
+    own, shared = steering.split(interventions)
+    stop, one = np.zeros(8, np.int32), np.ones(B, np.int32)
+
+    def begin(weights, ids, lengths, sampling, interventions, own, probes):
+        logits, cache, _ = generate.prefill(
+            config, weights, ids, lengths, lengths + ROOM, interventions, None, ids.shape[1] + ROOM
+        )
+        return generate.begin(logits, cache, one, lengths, ROOM * one, sampling, stop, own, probes, ROOM)
+
+    state = jax.eval_shape(begin, weights, batch.ids, batch.lengths, sampling, interventions, own, probes)
+    queue = jax.tree.map(lambda axis, leaf: jax.ShapeDtypeStruct(
+        (*leaf.shape[:axis], B // 4, *leaf.shape[axis + 1 :]), leaf.dtype), generate.axes(state), state)  # fmt: skip
+    arguments = (weights, shared, state, stop, np.int32(ROOM), probes, queue, np.ones(B // 4, bool), False)
+    compiled = generate.decode.lower(config, *on(sharding, arguments)).compile()
     report("SMOLLM2 decode", compiled, limit)
     cache = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state.cache))
     assert compiled.memory_analysis().alias_size_in_bytes >= cache, "the donated cache is not updated in place"
