@@ -113,6 +113,42 @@ def _parser() -> argparse.ArgumentParser:
         "--read", action="store_true", help="afterwards, print the emotions that stood out (needs --vectors)"
     )
 
+    sub = command("sweep", _sweep, "generate from every prompt under every condition, beside controls, and score it")
+    sub.add_argument("-m", "--model", default="smollm2-135m", help=MODEL)
+    sub.add_argument("--revision", help="branch, tag or commit of a repository")
+    sub.add_argument("--dtype", help="float32 or bfloat16 (by default float32 on CPU, bfloat16 elsewhere)")
+    sub.add_argument("prompts", nargs="*", help="prompts, asked in the model's chat template")
+    sub.add_argument("--input", metavar="FILE", help='.txt, a prompt a line, or .jsonl with "text" or "messages"')
+    sub.add_argument("--raw", action="store_true", help="continue the texts as they are, without the chat template")
+    sub.add_argument("--vectors", required=True, help="file made by `jaxemo extract`")
+    sub.add_argument("--emotions", required=True, type=_words, help="comma-separated, or all")
+    sub.add_argument(
+        "--strengths", type=_floats, default=[0.1], help="comma-separated fractions of the residual norm (0.1)"
+    )
+    sub.add_argument("--layers", type=_numbers, action="append", metavar="LAYERS",
+                     help="layers to steer at once, for example 24 or 20-24; several times for several conditions")  # fmt: skip
+    sub.add_argument(
+        "--tokens", type=_selection, action="append", metavar="TOKENS", help="tokens to steer (all), in the same way"
+    )
+    sub.add_argument("--operations", type=_words, default=["add"], help="of add, ablate, clamp and dampen (add)")
+    sub.add_argument("--random", type=int, default=3, help="random directions in the emotions' place, as controls (3)")
+    sub.add_argument("--samples", type=_positive, default=1, help="texts for each prompt and condition (1)")
+    sub.add_argument("-n", "--max-new-tokens", type=int, default=64, help="at most; 0 reads the prompts only (64)")
+    sub.add_argument("--temperature", type=float, default=0.0)
+    sub.add_argument("--top-p", type=float, default=1.0)
+    sub.add_argument("--seed", type=int, default=0)
+    sub.add_argument("--read", type=_selection, metavar="TOKENS",
+                     help="score the texts on all of the vectors, over these tokens: generated, or some of the prompt's")  # fmt: skip
+    sub.add_argument("--read-layer", type=int, help="after which layer (by default the vectors' own)")
+    sub.add_argument("--kind", choices=READ, default="z", help="the score (z)")
+    sub.add_argument(
+        "--words", type=_words, default=[], help="comma-separated: the log-probability of each right after the prompt"
+    )
+    sub.add_argument("--rows", type=_positive, default=64, help="texts written at a time: the memory to spend (64)")
+    sub.add_argument(
+        "-o", "--out", default="sweep.jsonl", help="file to write, .jsonl or .parquet, or to go on with (sweep.jsonl)"
+    )
+
     sub = command("extract", _extract, "find the emotion directions of a model")
     model(sub)
     sub.add_argument("-o", "--out", default="vectors.safetensors", help="file to write (vectors.safetensors)")
@@ -198,6 +234,17 @@ def _numbers(text: str) -> list[int]:
             raise argparse.ArgumentTypeError(f"{text!r}: expected layers, for example 24, 20-24 or 3,9,20")
         numbers += these
     return numbers
+
+
+def _words(text: str) -> list[str]:
+    return [part for part in text.split(",") if part]
+
+
+def _floats(text: str) -> list[float]:
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected numbers, for example 0.1,-0.1") from None
 
 
 def _selection(text: str):
@@ -439,6 +486,34 @@ def _extract(args):
     if cosine:
         print(f"directions from two halves of the topics, layer {vectors.layer}: cosine {sum(c for c, _ in cosine) / len(cosine):.2f} on "
               f"average, from {cosine[0][0]:.2f} ({cosine[0][1]}) to {cosine[-1][0]:.2f} ({cosine[-1][1]})")  # fmt: skip
+
+
+def _sweep(args):
+    import jaxemo
+    from jaxemo import files
+    from jaxemo.emotions import conditions
+    from jaxemo.emotions.dataset import texts_of
+
+    if bool(args.prompts) == bool(args.input):
+        raise ValueError("give prompts, or --input FILE")
+    files.check_writable(args.out)
+    vectors = _vectors(args, "steering")
+    emotions = vectors.names if args.emotions == ["all"] else args.emotions
+    made = conditions(vectors, emotions, args.strengths, args.layers or (None,), args.tokens or ("all",), args.operations,
+                      args.random, args.seed)  # fmt: skip
+    lm = _load(args)
+    prompts = texts_of(args.input) if args.input else args.prompts
+    if not args.raw and lm.tokenizer.chat_template:
+        prompts = [[{"role": "user", "content": p}] if isinstance(p, str) else p for p in prompts]
+    reading = (
+        {} if args.read is None else {"read": vectors, "layer": args.read_layer, "kind": args.kind, "tokens": args.read}
+    )
+    grid = jaxemo.sweep(
+        lm, prompts, made, samples=args.samples, max_new_tokens=args.max_new_tokens, temperature=args.temperature,
+        top_p=args.top_p, seed=args.seed, words=args.words, rows=args.rows, out=args.out, **reading,
+    )  # fmt: skip
+    print(grid)
+    print(f"\nEvery text is in {pathlib.Path(args.out).resolve()}")
 
 
 def _corpus(args):

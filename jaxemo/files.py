@@ -1,8 +1,16 @@
-"""Files that minutes of work end in: known to be writable before the work, and whole or untouched after it."""
+"""Files that minutes of work end in: known to be writable before the work, and whole or untouched after it.
+
+A store of work that goes on for hours is a JSONL file with a line for each piece that is done: `lock` keeps others from it,
+`records` says what a run before this one did, and `append` adds to it for good.
+"""
 
 import contextlib
+import fcntl
+import json
 import os
 import pathlib
+from collections.abc import Iterable
+from typing import Any
 
 
 def check_writable(path: str | os.PathLike) -> None:
@@ -28,6 +36,47 @@ def write_atomically(path: str | os.PathLike, data: bytes) -> None:
     finally:
         with contextlib.suppress(OSError):
             part.unlink()
+
+
+def lock(file, path: str | os.PathLike) -> None:
+    """Keep others from writing, until `file` is closed or this process ends. Raises BlockingIOError where another does."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise BlockingIOError(
+            f"{os.fspath(path)!r} is being written by another run; wait for its end or write elsewhere"
+        ) from error
+
+
+def records(file, path: str | os.PathLike, what: str, starts: Iterable[bytes]) -> list[dict[str, Any]]:
+    """The lines of a store `file`, opened "a+b"; a last one that a kill tore is cut off.
+
+    Raises ValueError, that this is no store of `what`, where a line is no JSON object or a torn one begins like none of `starts`.
+    """
+    file.seek(0)
+    written = file.read()
+    whole = written.rfind(b"\n") + 1
+    found = []
+    for number, line in enumerate(written[:whole].splitlines(), 1):
+        try:
+            found.append(json.loads(line))
+            assert isinstance(found[-1], dict)
+        except (ValueError, AssertionError) as error:
+            raise ValueError(
+                f"{os.fspath(path)!r}, line {number}: this is no store of {what}; write elsewhere"
+            ) from error
+    if torn := written[whole:]:
+        if not any(torn.startswith(start[: len(torn)]) for start in starts):
+            raise ValueError(f"{os.fspath(path)!r} is no store of {what}; write elsewhere")
+        file.truncate(whole)
+    return found
+
+
+def append(file, lines: Iterable[dict[str, Any]]) -> None:
+    """Add `lines` to a store, on the disk when this returns."""
+    file.write("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode())
+    file.flush()
+    os.fsync(file.fileno())
 
 
 def _target(path) -> pathlib.Path:

@@ -54,15 +54,30 @@ class State:
 def filter_logits(logits: jax.Array, top_k: jax.Array, top_p: jax.Array, min_p: jax.Array) -> jax.Array:
     """`logits [B, V]` with the tokens that top-k, top-p (nucleus) and min-p leave out set to -inf. Ties are kept."""
     V = logits.shape[-1]
-    ranked = -jnp.sort(-logits, axis=-1)
-    rank = jnp.arange(V)
-    kept = rank < jnp.where(top_k > 0, top_k, V)[:, None]
-    p = jax.nn.softmax(jnp.where(kept, ranked, -jnp.inf), axis=-1)
-    kept &= jnp.cumsum(p, axis=-1) - p < top_p[:, None]
-    kept &= p >= min_p[:, None] * p[:, :1]
-    kept |= rank == 0
-    lowest = jnp.min(jnp.where(kept, ranked, jnp.inf), axis=-1, keepdims=True)
-    return jnp.where(logits >= lowest, logits, -jnp.inf)
+    one = jnp.ones_like(logits)
+    kept = ~above(logits, one, jnp.where(top_k > 0, top_k, V).astype(logits.dtype))
+    p = jax.nn.softmax(jnp.where(kept, logits, -jnp.inf), axis=-1)
+    most = p.max(-1, keepdims=True)
+    kept &= ~above(p, p, jnp.where(top_p < 1, top_p, jnp.inf)) & (p >= min_p[:, None] * most) | (p == most)
+    return jnp.where(kept, logits, -jnp.inf)
+
+
+def above(x: jax.Array, weight: jax.Array, limit: jax.Array) -> jax.Array:
+    """Which of `x [B, V]` have that much of their row's `weight` in larger ones that it reaches `limit [B]`.
+
+    That is, which rank too low, found without sorting: by halving the range of floats, taken as whole numbers, in 32 steps.
+    """
+    bits = lax.bitcast_convert_type(x + 0.0, jnp.int32)  # -0 is 0
+    order = jnp.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+
+    def halve(_, bounds):  # the least number that keeps below the limit is in (low, high]
+        low, high = bounds
+        middle = (low & high) + ((low ^ high) >> 1)
+        fits = jnp.where(order > middle[:, None], weight, 0).sum(-1) < limit
+        return jnp.where(fits, low, middle), jnp.where(fits, middle, high)
+
+    ends = jnp.full(len(x), -(2**31), jnp.int32), jnp.full(len(x), 2**31 - 1, jnp.int32)
+    return order < lax.fori_loop(0, 32, halve, ends)[1][:, None]
 
 
 def largest(logits: jax.Array) -> jax.Array:

@@ -143,6 +143,10 @@ class LanguageModel:
             raise ValueError(self._no_tokenizer)
         return self._tokenizer
 
+    @property
+    def has_tokenizer(self) -> bool:
+        return self._tokenizer is not None
+
     def tokenize(self, texts_or_chats, add_generation_prompt: bool = True) -> TokenBatch:
         """Texts or chats (one or several) as right-padded rows, which know where the turns of chats lie.
 
@@ -150,7 +154,8 @@ class LanguageModel:
         """
         return tokens_lib.pad(tokens_lib.encode(self.tokenizer, texts_or_chats, add_generation_prompt))
 
-    def _batch(self, inputs) -> TokenBatch:
+    def batch(self, inputs) -> TokenBatch:
+        """What the other methods take (texts, chats, a TokenBatch, an integer array) as a checked TokenBatch."""
         if not isinstance(inputs, TokenBatch) and not hasattr(inputs, "ndim"):
             inputs = self.tokenize(inputs)
         batch = tokens_lib.as_batch(inputs, self.config.vocab_size)
@@ -175,14 +180,14 @@ class LanguageModel:
         """
         if logits not in ("all", "last", None):
             raise ValueError(f"logits={logits!r}; expected 'all', 'last' or None")
-        batch = self._batch(batch)
+        batch = self.batch(batch)
         interventions = None if steering is None else steering_lib.resolve(self.config, steering, batch)
         probes = None if capture is None else capture_lib.resolve(self.config, capture, batch)
         return _forward(self.config, self.params, batch.ids, batch.lengths, interventions, probes, logits)
 
     def logprobs(self, batch, steering: SteeringArg = None) -> jax.Array:
         """Log-probability `[B, T]` of every token given those before it (0 for the first; padding is meaningless)."""
-        batch = self._batch(batch)
+        batch = self.batch(batch)
         interventions = None if steering is None else steering_lib.resolve(self.config, steering, batch)
         return _logprobs(self.config, self.params, batch.ids, batch.lengths, interventions)
 
@@ -207,7 +212,7 @@ class LanguageModel:
             and cosine have an offset of their own.
         """
         self.check_directions(vectors, "all" if layer is None else layer)
-        batch = self._batch(texts)
+        batch = self.batch(texts)
         lengths = np.asarray(batch.lengths)
         wanted: dict[str, Any] = {"resid_post": "all" if layer is None else [layer]}
         adjust = adjustment(vectors, kind)
@@ -273,7 +278,7 @@ class LanguageModel:
             `read.layer`).
           stream: called after every token with each row's new piece of text.
         """
-        batch = self._batch(prompts)
+        batch = self.batch(prompts)
         B, T = batch.ids.shape
         if not isinstance(max_new_tokens, int | np.integer) or max_new_tokens < 1:
             raise ValueError(f"max_new_tokens is {max_new_tokens!r}; it must be a whole number, at least 1")
@@ -284,8 +289,8 @@ class LanguageModel:
         if batch.lengths.max() + max_new_tokens > self.config.max_positions:
             raise ValueError(f"{batch.lengths.max()} prompt tokens and {max_new_tokens} new ones exceed the model's "
                              f"{self.config.max_positions} positions")  # fmt: skip
-        stop_ids, stop_texts = self._stops(stop)
-        sampling = _sampling(B, temperature, top_k, top_p, min_p, seed)
+        stop_ids, stop_texts = self.stops(stop)
+        sampling = sampling_of(B, temperature, top_k, top_p, min_p, seed)
         interventions = None
         if steering is not None:
             interventions = steering_lib.resolve(self.config, steering, batch, max_new_tokens)
@@ -329,7 +334,7 @@ class LanguageModel:
             if read is not None:  # what is kept must have been read, which is a step after it is written
                 tokens, lengths = np.asarray(state.tokens), np.asarray(state.lengths)
                 for i in np.flatnonzero(stopped & ~done):
-                    stopped[i] = self._cut(tokens[i, : lengths[i]], stop_texts)[1] < lengths[i]
+                    stopped[i] = self.cut(tokens[i, : lengths[i]], stop_texts)[1] < lengths[i]
             if stopped.all():
                 break
             if stop_texts:
@@ -345,14 +350,14 @@ class LanguageModel:
         if self._tokenizer is not None:
             written = []
             for i, row in enumerate(tokens):
-                text, kept = self._cut(row[: lengths[i]], stop_texts)
+                text, kept = self.cut(row[: lengths[i]], stop_texts)
                 written.append(text)
                 lengths[i], tokens[i, kept:], logprobs[i, kept:] = kept, 0, 0
                 if scores is not None:
                     scores[i, kept:] = 0
         return Generation(written, tokens, lengths, logprobs, scores)
 
-    def _stops(self, stop) -> tuple[np.ndarray, list[str]]:
+    def stops(self, stop) -> tuple[np.ndarray, list[str]]:
         """Stop token ids, padded so that their number does not recompile, and the stop strings that are not one token."""
         if stop is None:
             stop = self._tokenizer.stop_ids if self._tokenizer is not None else ()
@@ -372,7 +377,7 @@ class LanguageModel:
                 ids.append(int(item))
         return np.array(ids + [-1] * (max(8, len(ids)) - len(ids)), np.int32), texts
 
-    def _cut(self, tokens: np.ndarray, stops: Sequence[str]) -> tuple[str, int]:
+    def cut(self, tokens: np.ndarray, stops: Sequence[str]) -> tuple[str, int]:
         """The text of `tokens` up to the first of `stops`, and the fewest tokens that hold it."""
         text = self.tokenizer.decode(tokens)
         end, kept = _first(text, stops), len(tokens)
@@ -397,7 +402,9 @@ def _overlap(text: str, stops: Sequence[str]) -> int:
     return max((n for stop in stops for n in range(1, len(stop)) if text.endswith(stop[:n])), default=0)
 
 
-def _sampling(rows: int, temperature, top_k, top_p, min_p, seed) -> generate.Sampling:
+def sampling_of(rows: int, temperature, top_k, top_p, min_p, seed) -> generate.Sampling:
+    """How `rows` rows draw (see `LanguageModel.generate`)."""
+
     def per_row(name, value, dtype, low, high):
         array = np.asarray(value, np.float64)
         fits = (array >= low) & (array <= high) & (np.issubdtype(dtype, np.floating) | (array % 1 == 0))
@@ -426,7 +433,7 @@ def compare(model: LanguageModel, other: LanguageModel, batch) -> dict[str, floa
     `max_logit` and `mean_logit`, the largest and the mean absolute difference of logits; `kl`, the mean divergence
     KL(model ‖ other) in nats a token; `top1`, the share of positions where the likeliest token is the same.
     """
-    batch = model._batch(batch)
+    batch = model.batch(batch)
     real = np.arange(batch.ids.shape[1]) < np.asarray(batch.lengths)[:, None]
     a, b = (np.asarray(lm.forward(batch).logits)[real] for lm in (model, other))
     p, q = (np.asarray(jax.nn.log_softmax(x)) for x in (a, b))

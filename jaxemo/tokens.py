@@ -95,6 +95,15 @@ def pad(rows: Sequence[Sequence[int]], length: int | None = None) -> TokenBatch:
     return TokenBatch(ids, lengths, where, names)
 
 
+def rows_of(batch: TokenBatch) -> list[Ids]:
+    """Every row's token ids without padding, which know its turns."""
+    rows = []
+    for ids, n, turns in zip(np.asarray(batch.ids).tolist(), np.asarray(batch.lengths), turns_of(batch), strict=True):
+        rows.append(Ids(ids[:n]))
+        rows[-1].turns = turns
+    return rows
+
+
 def turns_of(batch: TokenBatch) -> list[tuple[Turn, ...]]:
     """Every row's turns; none for rows that were not made from chats."""
     if batch.turns is None:

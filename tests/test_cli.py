@@ -5,6 +5,7 @@ import os
 import pathlib
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 
 import jaxemo
@@ -127,3 +128,27 @@ def test_a_strength_that_is_no_number_is_named(capsys, vectors):
     assert code == 2 and "strength=nan: expected a finite number" in err
     code, _, err = run(capsys, "generate", MODEL, "-p", "x", "--vectors", vectors, "--steer", "gald=1")
     assert code == 2 and "did you mean glad?" in err
+
+
+def test_sweep_makes_a_grid_beside_controls_and_goes_on(capsys, vectors, tmp_path):
+    source, out = tmp_path / "prompts.txt", tmp_path / "grid.parquet"
+    source.write_text("one two\nthree\n")
+    common = ("sweep", "-m", MODEL, "--raw", "--vectors", vectors, "--emotions", "all", "--strengths", "0.5,-0.5", "-n", "5",
+              "--random", "1", "--read", "last", "--words", "a,b", "-o", str(out))  # fmt: skip
+    code, text, _ = run(capsys, *common, "--input", str(source))
+    assert code == 0 and text.startswith("7 conditions x 2 prompts x 1 samples") and "random-0 add -0.5" in text
+    assert str(out) in text and out.exists()
+    lm, held = jaxemo.load(MODEL), EmotionVectors.load(vectors)
+    want = lm.generate(["one two", "three"], held.steer("low", 0.5), 5)
+    rows = [r for r in pq.read_table(out).to_pylist() if r["condition"].startswith("low add +0.5")]
+    assert [r["tokens"] for r in rows] == [w[:n].tolist() for w, n in zip(want.tokens, want.lengths, strict=True)]
+    z = lm.read(
+        ["one two", "three"], held, layer=held.layer, steering=held.steer("low", 0.5), tokens="last", kind="z"
+    ).pooled
+    np.testing.assert_allclose([r["scores"] for r in rows], z, atol=1e-4)
+    code, text, _ = run(capsys, *common, "one two", "three")
+    assert code == 0 and "of the 14 texts" not in text, "nothing was left to do"
+    code, _, err = run(capsys, *common)
+    assert code == 2 and "give prompts, or --input FILE" in err
+    code, _, err = run(capsys, *common, "one two", "four")
+    assert code == 2 and "written with other prompts" in err

@@ -12,7 +12,7 @@ import scipy.stats
 
 import jaxemo
 from jaxemo import Steering, TokenBatch, generate
-from jaxemo.language_model import _sampling
+from jaxemo.language_model import sampling_of as _sampling
 from jaxemo.steering import ablate, add, clamp
 
 L, D, NEW = 3, 32, 8

@@ -7,7 +7,6 @@ story depends only on the seed and what it is about: the work goes on where it w
 
 import collections
 import dataclasses
-import fcntl
 import hashlib
 import json
 import os
@@ -118,7 +117,7 @@ def write(
         "top_p": float(top_p),
     }
     with open(out, "a+b") as file:
-        _lock(file, out)
+        files.lock(file, out)
         seen, done = quality.Seen(), set()
         kept: collections.Counter = collections.Counter()
         for record in _store(file, out):
@@ -171,9 +170,7 @@ def write(
                             "by": by,
                         }
                     )
-                file.write("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode())
-                file.flush()
-                os.fsync(file.fileno())
+                files.append(file, lines)
                 bar.update(len(part))
                 bar.set_postfix_str(f"{kept[None]:,} kept, {tokens / (time.monotonic() - begin):.0f} tokens/s")
     rejected = {reason: count for reason, count in kept.items() if reason}
@@ -183,38 +180,14 @@ def write(
 _topics = topics
 
 
-def _lock(file, out) -> None:
-    """Keep others from writing, until `file` is closed or this process ends. Raises BlockingIOError where another does."""
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        raise BlockingIOError(
-            f"{os.fspath(out)!r} is being written by another run; wait for its end or write elsewhere"
-        ) from error
-
-
 def _store(file, out) -> list[dict[str, Any]]:
-    """What the store holds; a last line that a kill tore is cut off. Raises ValueError for a file that is no store."""
-    file.seek(0)
-    written = file.read()
-    whole = written.rfind(b"\n") + 1
-    records = []
-    for number, line in enumerate(written[:whole].splitlines(), 1):
-        try:
-            record = json.loads(line)
-            assert {"emotion", "topic", "about", "n", "text", "rejected", "by"} <= set(record)
-            assert isinstance(record["by"], dict)
-        except (ValueError, TypeError, AssertionError) as error:
-            raise ValueError(
-                f"{os.fspath(out)!r}, line {number}: this is no store of stories; write elsewhere"
-            ) from error
-        records.append(record)
-    if whole < len(written):
-        start = b'{"emotion": '
-        if not written[whole:].startswith(start[: len(written) - whole]):
-            raise ValueError(f"{os.fspath(out)!r} is no store of stories; write elsewhere")
-        file.truncate(whole)
-    return records
+    """What the store holds. Raises ValueError for a file that is no store."""
+    found = files.records(file, out, "stories", [b'{"emotion": '])
+    for number, record in enumerate(found, 1):
+        lacking = {"emotion", "topic", "about", "n", "text", "rejected", "by"} - set(record)
+        if lacking or not isinstance(record["by"], dict):
+            raise ValueError(f"{os.fspath(out)!r}, line {number}: this is no store of stories; write elsewhere")
+    return found
 
 
 def _prompt(lm: LanguageModel, emotion: str, about: str):
