@@ -164,6 +164,8 @@ def test_files_are_checked_before_the_work(lm, vectors, tmp_path):
         run(lm, source, vectors, tmp_path / "no" / "scores.parquet")
     with pytest.raises(ValueError, match="kind='mean'"):
         run(lm, source, vectors, tmp_path / "scores.parquet", kind="mean")
+    with pytest.raises(ValueError, match="top=-1: expected a whole number"):
+        run(lm, source, vectors, tmp_path / "scores.parquet", top=-1)
 
 
 def test_what_has_no_selected_token_is_named(lm, vectors, tmp_path):
@@ -248,20 +250,42 @@ def test_attention_sinks_are_left_out(lm, vectors, tmp_path, monkeypatch):
     assert np.allclose(safetensors.numpy.load_file(out)["scores"], want, atol=1e-4)
 
 
-def test_what_fills_a_batch_up_crowds_no_passage_out(lm, tmp_path):
-    rng = np.random.default_rng(0)
+@pytest.mark.parametrize(("chunk", "others"), [(1024, 0), (16, 40)])
+def test_passages_are_the_highest_of_all_tokens_sorted(lm, tmp_path, monkeypatch, chunk, others):
+    """One a text, although a text may hold many of the highest tokens, and copies fill batches up."""
+    monkeypatch.setattr(dataset, "CHUNK", chunk)
+    rng, top = np.random.default_rng(0), 8
     L, D = lm.config.n_layers, lm.config.d_model
     many = EmotionVectors.from_directions({f"e{i}": rng.standard_normal((L, D)) for i in range(20)}, np.ones(L))
-    drawn = dict.fromkeys(" ".join(rng.choice(WORDS, 4)) for _ in range(300))
-    same = [text for text in drawn if len(lm.tokenizer.encode(text)) == 12][:17]  # 17 of 32 rows
+    drawn = [" ".join([word] * 12) for word in WORDS] + texts(others)
     source, out = tmp_path / "some.txt", tmp_path / "scores.safetensors"
-    source.write_text("\n".join(same) + "\n")
-    run(lm, source, many, out, layer=1, kind="projection", top=3, max_tokens=4096)
+    source.write_text("\n".join(drawn) + "\n")
+    run(lm, source, many, out, layer=1, kind="projection", top=top, max_tokens=4096)
     found = [json.loads(line) for line in dataset.passages_path(out).read_text().splitlines()]
-    scores = lm.read(same, many, layer=1).scores[:, :12].max(1)
+    reading = lm.read(drawn, many, layer=1)
     for e, name in enumerate(many.names):
-        got = [passage["score"] for passage in found if passage["emotion"] == name]
-        assert np.allclose(got, np.sort(scores[:, e])[:-4:-1], atol=1e-3)
+        tokens = [(row, at, reading.scores[row, at, e]) for row, n in enumerate(reading.lengths) for at in range(n)]
+        first: dict[int, float] = {}  # score by text, from the highest token of all down
+        for row, _, score in sorted(tokens, key=lambda token: -token[2]):
+            first.setdefault(row, score)
+        got = [passage for passage in found if passage["emotion"] == name]
+        rows, at, scores = ([passage[key] for passage in got] for key in ("row", "position", "score"))
+        assert len(set(rows)) == len(rows) == top
+        # Texts that begin alike have tokens of one score, so it is the scores that must be those of the sorted tokens.
+        assert np.allclose(scores, list(first.values())[:top], atol=1e-4)
+        assert np.allclose(scores, reading.scores[rows, at, e], atol=1e-4)
+
+
+def test_more_texts_compile_nothing_more(lm, vectors, tmp_path, compiles, monkeypatch):
+    """A program for each length bucket, however many texts fall into it: they are most of the memory that is held."""
+    monkeypatch.setattr(dataset, "CHUNK", 16)
+    few, many = tmp_path / "few.txt", tmp_path / "many.txt"
+    few.write_text("\n".join(texts(11)) + "\n")
+    many.write_text("\n".join(texts(90)) + "\n")
+    run(lm, few, vectors, tmp_path / "few.parquet", kind="centred")
+    before = compiles.count
+    run(lm, many, vectors, tmp_path / "many.parquet", kind="centred")
+    assert compiles.count == before > 0
 
 
 @pytest.mark.parametrize("form", ["parquet", "safetensors"])

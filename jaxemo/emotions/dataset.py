@@ -15,17 +15,20 @@ import time
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import safetensors
 import safetensors.numpy
 from tqdm import tqdm
 
 from jaxemo import files, params, steering
-from jaxemo.capture import Capture
+from jaxemo.capture import Capture, ordinary, resolve
 from jaxemo.checkpoints.safetensors import header
 from jaxemo.emotions.vectors import EmotionVectors
+from jaxemo.kernels.project_pool.reference import selected
 from jaxemo.language_model import LanguageModel, adjustment
-from jaxemo.tokens import Selection, encode, length_batches, spans
+from jaxemo.tokens import Selection, TokenBatch, bucket, encode, pad, spans
 
 CHUNK = 1024  # texts in a part: what an interruption costs at most, and what is held in memory
 AROUND = 16  # tokens of a passage before and after the one that scored
@@ -79,7 +82,7 @@ def read_dataset(
     tokens: Selection = "all",
     top: int = 10,
     longest: int = 512,
-    max_tokens: int = 4096,
+    max_tokens: int = 1024,
     progress: bool = True,
 ) -> Summary:
     """Score every text of `source` on `vectors` and write one row for each to `out`, in order.
@@ -88,12 +91,13 @@ def read_dataset(
       source: a .txt file with one text a line, or a .jsonl file with "text" or "messages" (a chat) and, if you like, "id".
       out: a .parquet file with columns row, id, tokens, cut and one for each direction, or a .safetensors file with arrays
         scores [n, E], tokens [n] and cut [n]. `OUT.passages.jsonl` gets, for each direction, the `top` passages round the tokens
-        that scored highest, at most one a text (found among the 4 * top highest tokens of each batch, in which a text may be
-        there twice).
+        that scored highest, at most one a text.
       layer, kind, tokens: as in `LanguageModel.read`; the score of a text is the mean over its selected tokens. A "centred"
         cosine is centred on the mean of the first 1024 texts.
       longest: tokens of a text that are read at most; a chat that is longer is not read.
-      max_tokens: tokens in a batch, padding included.
+      max_tokens: tokens in a batch, padding included. Batches of texts of one length bucket have one shape, however many texts
+        there are, so what is compiled, most of the memory beside the weights, is at most 20 programs for texts of up to 512
+        tokens.
 
     A text that is not read has NaN scores. Raises ValueError naming the line that is no text, parts of other work, or an input
     that has changed since they were made. What was read before an error or an interruption is kept.
@@ -105,6 +109,8 @@ def read_dataset(
         raise ValueError(f"{str(out)!r}: expected the name of a .parquet or a .safetensors file")
     if not source.is_file() or not source.stat().st_size:
         raise FileNotFoundError(f"{str(source)!r} is no file with texts in it")
+    if isinstance(top, bool) or not isinstance(top, int | np.integer) or top < 0:
+        raise ValueError(f"top={top!r}: expected a whole number of passages")
     for path in (out, passages_path(out)):
         files.check_writable(path)
     lm.check_directions(vectors)
@@ -122,7 +128,7 @@ def read_dataset(
         "layer": layer,
         "kind": kind,
         "tokens": repr(tokens),
-        "top": top,
+        "top": int(top),
         "longest": longest,
         "max_tokens": max_tokens,
     }
@@ -131,8 +137,8 @@ def read_dataset(
     done = _taken_up(parts, settings)
     begin, fresh = time.monotonic(), 0
     capture = Capture(
-        pooled={"resid_post": [layer]}, top={"resid_post": [layer]}, directions=vectors.directions, tokens=tokens,
-        sinks=False, k=4 * top, **adjust,
+        pooled={"resid_post": [layer]}, scores={"resid_post": [layer]}, norm={"resid_post": [layer]},
+        directions=vectors.directions, tokens=tokens, sinks=False, **adjust,
     )  # fmt: skip
     with tqdm(total=source.stat().st_size, unit="B", unit_scale=True, desc="read", disable=not progress) as bar:
         for number, lines in enumerate(_chunks(_lines(source))):
@@ -169,66 +175,72 @@ def _read_part(lm, lines, names, capture, top, longest, max_tokens) -> _Part:
         "tokens": np.zeros(n, np.int32),
         "cut": np.zeros(n, np.bool_),
     }
-    rows, at = _encoded(lm, lines, capture.tokens, longest)
-    for i, (row, whole) in zip(at, rows, strict=True):
-        arrays["tokens"][i], arrays["cut"][i] = len(row), whole > len(row)
-    best = np.full((E, 0), -np.inf, np.float32)
-    where = np.zeros((E, 0, 2), np.int64)  # (index into rows, position)
-    for indices, batch in length_batches([row for row, _ in rows], max_tokens):
+    rows, cut = _encoded(lm, lines, capture.tokens, longest)
+    arrays["tokens"][list(rows)] = [len(row) for row in rows.values()]
+    arrays["cut"][cut] = True
+    best, position = np.full((n, E), -np.inf, np.float32), np.zeros((n, E), np.int32)
+    for of, batch in _batches(rows, max_tokens):
         captured = lm.forward(batch, capture=capture, logits=None).captured
-        arrays["scores"][[at[i] for i in indices]] = np.asarray(captured.pooled["resid_post"])[0, : len(indices)]
-        scores, places = (np.asarray(array)[0] for array in captured.top["resid_post"])  # [E, k]
-        row, position = np.divmod(places, batch.ids.shape[1])
-        real = (places >= 0) & (row < len(indices))  # not of the rows that fill a batch up
-        found = np.stack([np.array(indices)[np.where(real, row, 0)], position], axis=-1)
-        best, where = _best(
-            np.concatenate([best, np.where(real, scores, -np.inf)], axis=1), np.concatenate([where, found], axis=1), top
-        )
+        highest, where = _peaks(captured, resolve(lm.config, capture, batch).spans, batch.lengths)
+        arrays["scores"][of] = np.asarray(captured.pooled["resid_post"])[0, : len(of)]
+        best[of], position[of] = np.asarray(highest)[: len(of)], np.asarray(where)[: len(of)]
     passages = []
-    for name, scores, places in zip(names, best, where, strict=True):
-        for score, (i, position) in zip(scores, places, strict=True):
-            if score > -np.inf:
-                line = lines[at[i]]
-                about = {"row": line.number, **({"id": line.id} if line.id else {})}
-                passages.append(
-                    {"emotion": name, "score": float(score), **about, **_passage(lm, rows[i][0], int(position))}
-                )
+    for e, name in enumerate(names):
+        for i in np.argsort(-best[:, e], kind="stable")[:top].tolist():
+            if best[i, e] > -np.inf:
+                about = {"row": lines[i].number, **({"id": lines[i].id} if lines[i].id else {})}
+                passage = _passage(lm, rows[i], int(position[i, e]))
+                passages.append({"emotion": name, "score": float(best[i, e]), **about, **passage})
     ids = json.dumps([line.id for line in lines]) if any(line.id for line in lines) else ""
     return _Part(arrays, {"ids": ids, "passages": json.dumps(passages)})
 
 
 def _encoded(lm, lines, tokens, longest):
-    """`[(token ids, how many there were)]` of the lines that can be read, and which these are.
+    """The token ids of each line that can be read, by its place in `lines`, and the places of those that were cut.
 
     Raises ValueError naming the line that cannot be encoded or has none of the selected `tokens`.
     """
-    rows, at = [], []
+    rows, cut = {}, []
     for i, line in enumerate(lines):
         if line.text is None:
             continue
         try:
             (row,) = encode(lm.tokenizer, [line.text])
-            whole = len(row)
-            if whole > longest and isinstance(line.text, str):
+            if len(row) > longest and isinstance(line.text, str):
                 row = row[:longest]
+                cut.append(i)
             if 0 < len(row) <= longest:
                 spans(tokens, len(row), turns=getattr(row, "turns", ()))
-                rows.append((row, whole))
-                at.append(i)
+                rows[i] = row
         except (TypeError, ValueError) as error:
             raise ValueError(f"{line.where}: {error}") from error
-    return rows, at
+    return rows, cut
 
 
-def _best(scores: np.ndarray, where: np.ndarray, top: int) -> tuple[np.ndarray, np.ndarray]:
-    """The `top` highest of `scores [E, n]`, at most one of a row, and their places."""
-    kept_scores = np.full((len(scores), top), -np.inf, np.float32)
-    kept_where = np.zeros((len(scores), top, 2), np.int64)
-    for e, order in enumerate(np.argsort(-scores, axis=1, kind="stable")):
-        _, first = np.unique(where[e, order, 0], return_index=True)
-        chosen = order[np.sort(first)][:top]
-        kept_scores[e, : len(chosen)], kept_where[e, : len(chosen)] = scores[e, chosen], where[e, chosen]
-    return kept_scores, kept_where
+def _batches(rows: dict[int, list[int]], max_tokens: int) -> Iterator[tuple[list[int], TokenBatch]]:
+    """Rows of one length bucket at a time, in batches whose shape depends on the bucket alone, with the rows' keys.
+
+    Keys name none of the copies that fill a batch up.
+    """
+    by_bucket: dict[int, list[int]] = {}
+    for i, row in rows.items():
+        by_bucket.setdefault(bucket(len(row)), []).append(i)
+    for length, members in sorted(by_bucket.items()):
+        size = max(1, max_tokens // length)
+        for start in range(0, len(members), size):
+            of = members[start : start + size]
+            yield of, pad([rows[i] for i in of + of[:1] * (size - len(of))], length)
+
+
+@jax.jit
+def _peaks(captured, spans: jax.Array, lengths: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Each row's highest finite score on each direction (-inf without one), and its position, both `[B, E]`, among the tokens
+    of `spans [B, P, 2]` that are no attention sinks."""
+    scores, norm = captured.scores["resid_post"][0], captured.norm["resid_post"][0]
+    spans = ordinary(jnp.minimum(spans, lengths[:, None, None]), norm, lengths)
+    here = selected(spans, jnp.broadcast_to(jnp.arange(norm.shape[1]), norm.shape))[..., None]
+    scores = jnp.where(here & jnp.isfinite(scores), scores, -jnp.inf)
+    return scores.max(1), scores.argmax(1)
 
 
 def _passage(lm, row, position: int) -> dict[str, Any]:
@@ -252,10 +264,10 @@ def _centre(lm, source, layer, tokens, longest, max_tokens, parts) -> np.ndarray
         rows, _ = _encoded(lm, lines, tokens, longest)
         wanted = Capture(mean={"resid_post": [layer]}, tokens=tokens, sinks=False)
         total, count = np.zeros(lm.config.d_model), 0
-        for indices, batch in length_batches([row for row, _ in rows], max_tokens):
+        for of, batch in _batches(rows, max_tokens):
             mean = np.asarray(lm.forward(batch, capture=wanted, logits=None).captured.mean["resid_post"])
-            total += mean[0, : len(indices)].sum(0, dtype=np.float64)
-            count += len(indices)
+            total += mean[0, : len(of)].sum(0, dtype=np.float64)
+            count += len(of)
         centre = np.zeros((lm.config.n_layers, lm.config.d_model), np.float32)
         centre[layer] = total / max(count, 1)
         files.write_atomically(path, safetensors.numpy.save({"centre": centre}, {"sha256": digest}))
@@ -285,6 +297,17 @@ def _lines(source: pathlib.Path) -> Iterator[Line]:
             if not isinstance(text, str | list) or (isinstance(text, list) and not text):
                 raise ValueError(f'{where}: expected {{"text": ...}} or {{"messages": [...]}}')
             yield Line(number, where, raw, str(record.get("id", "")), text or None)
+
+
+def texts_of(source: str | os.PathLike) -> list:
+    """The texts and chats of a .txt or .jsonl file, as `read_dataset` takes them. Raises ValueError naming a faulty line."""
+    path = pathlib.Path(source)
+    if path.suffix not in (".txt", ".jsonl"):
+        raise ValueError(f"{str(path)!r}: expected a .txt file, one text a line, or a .jsonl file")
+    found = [line.text for line in _lines(path) if line.text]
+    if not found:
+        raise ValueError(f"{str(path)!r} has no texts")
+    return found
 
 
 def _chunks(lines: Iterable[Line]) -> Iterator[list[Line]]:
