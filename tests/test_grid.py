@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import jaxemo
-from jaxemo import batching, generate
+from jaxemo import batching, generate, tokens
 
 MODEL = "tests/golden/gqa_tied.gguf"
 BEGIN = "Same beginning here: "  # 21 tokens of one byte
@@ -69,16 +69,16 @@ def test_a_sweep_is_what_generate_gives_row_by_row(lm, vectors, conditions):
     assert len({grid.tokens[c].tobytes() for c in range(len(conditions))}) > 3, "the conditions do something"
 
 
-@pytest.mark.parametrize("tokens", ["last", "prompt", slice(-5, -2), slice(2, 6)])
-def test_scores_of_the_prompt_and_log_probabilities_of_words(lm, vectors, conditions, tokens):
+@pytest.mark.parametrize("at", ["last", "prompt", slice(-5, -2), slice(2, 6)])
+def test_scores_of_the_prompt_and_log_probabilities_of_words(lm, vectors, conditions, at):
     words = ("q", " itself")
     conditions = {
         name: spec for name, spec in conditions.items() if name != "b late"
     }  # it acts on none of these tokens
-    grid = sweep(lm, conditions, max_new_tokens=0, read=vectors, layer=1, kind="cosine", tokens=tokens, words=words)
+    grid = sweep(lm, conditions, max_new_tokens=0, read=vectors, layer=1, kind="cosine", tokens=at, words=words)
     ids = [lm.tokenizer.encode(word)[len(lm.tokenizer.prefix)] for word in words]
     for c, spec in enumerate(conditions.values()):
-        read = lm.read(PROMPTS, vectors, layer=1, steering=spec, tokens=tokens, kind="cosine").pooled
+        read = lm.read(PROMPTS, vectors, layer=1, steering=spec, tokens=at, kind="cosine").pooled
         np.testing.assert_allclose(grid.scores[c, :, 0], read, atol=2e-6)
         logits = np.asarray(lm.forward(PROMPTS, spec, logits="last").logits, np.float64)
         want = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
@@ -129,16 +129,16 @@ def test_prompts_are_read_once_for_all_that_share_them(lm, vectors, monkeypatch)
         return prefill(config, params, ids, *args, **kwargs)
 
     monkeypatch.setattr(generate, "prefill", counted)
+    rows = 2  # a quarter of 8
+    ends = sorted(tokens.bucket(len(lm.tokenizer.encode(text)) - batching.COMMON) for text in PROMPTS)
+    by_length = [(rows, T) for T in sorted(set(ends)) for _ in range(-(-ends.count(T) // rows))]
     late = {f"{name} {x}": vectors.steer(name, x, tokens="generated") for name in "abc" for x in (0.1, 0.2)}
-    sweep(lm, late, samples=4, temperature=1.0)  # 96 texts: a common beginning, and two lengths of four prompts
-    assert (
-        read == [(2, batching.COMMON), (2, 8), (2, 16)]
-        or read == [(2, batching.COMMON)] + [(2, 8)] * 1 + [(2, 16)] * 2
-        or (sum(rows * T for rows, T in read) <= 2 * 16 + 2 * 3 * 16)
-    )
+    sweep(lm, late, samples=4, temperature=1.0)
+    assert read == [(rows, batching.COMMON), *by_length], "96 texts from four prompts"
     read.clear()
-    sweep(lm, {name: vectors.steer(name, 0.5) for name in "abc"})
-    assert [shape for shape in read if shape[1] == batching.COMMON and shape == read[0]][:2]
+    sweep(lm, {name: vectors.steer(name, 0.5) for name in "ab"})
+    both = [(rows, T) for T in sorted(set(ends)) for _ in range(-(-2 * ends.count(T) // rows))]
+    assert read == [(rows, batching.COMMON), *both], "the beginning once for each of two conditions"
 
 
 def test_many_directions_take_several_loops(lm, vectors, conditions, monkeypatch):
