@@ -238,16 +238,32 @@ def test_a_centre_of_other_texts_is_refused(lm, vectors, tmp_path, monkeypatch):
 def test_attention_sinks_are_left_out(lm, vectors, tmp_path, monkeypatch):
     source, out = tmp_path / "some.txt", tmp_path / "scores.safetensors"
     source.write_text("\n".join(texts()) + "\n")
-    counted = lm.read(texts(), vectors, layer=1, kind="z").pooled
+    counted = lm.read(texts(), vectors, layer=1, kind="z")
     monkeypatch.setattr(capture, "SINK", 1.05)
-    language_model._forward.clear_cache()  # the number is part of the programs
+    programs = (language_model._forward, dataset._peaks)  # the number is part of them
+    for program in programs:
+        program.clear_cache()
     try:
         run(lm, source, vectors, out, layer=1)
         want = lm.read(texts(), vectors, layer=1, kind="z").pooled
     finally:
-        language_model._forward.clear_cache()
-    assert np.abs(want - counted).max() > 0.01, "there are sinks to leave out"
+        for program in programs:
+            program.clear_cache()
+    assert np.abs(want - counted.pooled).max() > 0.01, "there are sinks to leave out"
     assert np.allclose(safetensors.numpy.load_file(out)["scores"], want, atol=1e-4)
+    norm = np.asarray(
+        lm.forward(texts(), capture=capture.Capture(norm={"resid_post": [1]})).captured.norm["resid_post"]
+    )[0]
+    norm = np.where(np.arange(norm.shape[1]) < counted.lengths[:, None], norm, np.nan)
+    sinks = norm > 1.05 * np.nanquantile(norm, 0.5, axis=1, method="lower", keepdims=True)
+    sinks &= np.argsort(np.argsort(-norm, axis=1), axis=1) < 4
+    scores = np.where((sinks | np.isnan(norm))[..., None], -np.inf, counted.scores)
+    passages = [json.loads(line) for line in dataset.passages_path(out).read_text().splitlines()]
+    for e, name in enumerate(NAMES):
+        best = scores[..., e].max(1)
+        got = [(p["score"], scores[p["row"], p["position"], e]) for p in passages if p["emotion"] == name]
+        assert np.allclose(got, np.sort(best)[:-3:-1, None], atol=1e-4)
+    assert (scores.max((0, 1)) < counted.scores.max((0, 1)) - 0.01).any(), "sinks would have been among them"
 
 
 @pytest.mark.parametrize(("chunk", "others"), [(1024, 0), (16, 40)])

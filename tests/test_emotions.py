@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import jaxemo
-from jaxemo import steering
+from jaxemo import capture, language_model, steering
 from jaxemo.capture import Capture
 from jaxemo.emotions import EmotionVectors, corpus, extraction, geometry, quality, steering_test
 
@@ -405,6 +405,30 @@ def test_reading_is_the_projection_of_each_token(lm):
     assert np.array_equal(every.scores[1], reading.scores) and np.array_equal(every.pooled[1], reading.pooled)
     z = vectors.standardise(reading.scores, 1)
     assert np.allclose(z, (reading.scores - vectors.neutral_mean[1]) / vectors.neutral_std[1])
+
+
+@pytest.mark.parametrize("tokens", ["all", slice(2, None), slice(1, 5), [0, 3], [0]])
+def test_a_text_is_scored_over_its_selected_tokens_that_are_no_sinks(lm, tokens, monkeypatch):
+    vectors, at = some_vectors(lm.config.n_layers, lm.config.d_model), {"resid_post": [1]}
+    texts = ["one two three", "a cat sat on the mat and saw", "old dogs run"]
+    monkeypatch.setattr(capture, "SINK", 1.05)
+    language_model._forward.clear_cache()  # the number is part of the programs
+    try:
+        reading = lm.read(texts, vectors, layer=1, tokens=tokens)
+    finally:
+        language_model._forward.clear_cache()
+    raw = np.asarray(lm.forward(texts, capture=Capture(raw=at)).captured.raw["resid_post"], np.float64)[0]
+    left_out = 0
+    for x, n, got in zip(raw, reading.lengths, reading.pooled, strict=True):
+        norm = np.linalg.norm(x[:n], axis=-1)
+        longest = np.argsort(-norm, kind="stable")[: capture.SINKS]
+        sinks = longest[norm[longest] > 1.05 * np.sort(norm)[(n - 1) // 2]]
+        chosen = np.arange(n)[slice(None) if tokens == "all" else tokens]
+        kept = np.setdiff1d(chosen, sinks)
+        left_out += len(chosen) - len(kept)
+        want = (x[kept if len(kept) else chosen] @ vectors.directions[1].T).mean(0)
+        assert np.allclose(got, want, atol=1e-4)
+    assert left_out, "there are sinks; of the first token alone, where there is nothing else, the score is kept"
 
 
 def test_word_logprobs_sums_over_a_words_tokens(lm):
