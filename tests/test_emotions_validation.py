@@ -441,7 +441,25 @@ def test_similarity_of_layers_is_spearmans_of_the_cosines():
     for i, j in itertools.combinations(range(4), 2):
         both = [geometry.cosines(vectors, at)[pairs] for at in (i, j)]
         assert np.isclose(got.rho[i, j], scipy.stats.spearmanr(*both).statistic) and got.rho[i, j] == got.rho[j, i]
-    assert np.allclose(np.diag(got.rho), 1) and got.random.shape == (4, 4) and "RSA" in got.summary()
+    assert np.allclose(np.diag(got.rho), 1) and got.random.shape == (20, 4, 4)
+    own, draws = got.overall
+    assert np.isclose(own, np.mean([got.rho[i, j] for i, j in itertools.combinations(range(4), 2)]))
+    assert draws.min() < own < draws.max() and draws.std() > 0.01, "these are random directions that turn"
+    assert f"random directions {draws.mean():+.2f}, largest of the draws {draws.max():+.2f}" in got.summary()
+
+
+def test_layers_that_keep_an_arrangement_are_told_from_directions_that_turn_as_much():
+    """Twelve points in the plane, embedded in another plane at each layer: their cosines stay, the directions do not."""
+    rng = np.random.default_rng(0)
+    points = rng.standard_normal((12, 2))
+    x = np.stack([points @ np.linalg.qr(rng.standard_normal((64, 2)))[0].T for _ in range(4)])
+    vectors = EmotionVectors.from_directions({f"e{i}": x[:, i] for i in range(12)}, np.ones(4))
+    own, draws = geometry.similarity(vectors).overall
+    assert own > 0.999 and np.abs(draws).max() < 0.3
+    with pytest.raises(ValueError, match="single layer"):
+        geometry.similarity(
+            dataclasses.replace(vectors, directions=vectors.directions * (np.arange(4) == 1)[:, None, None])
+        )
 
 
 # ---- speakers --------------------------------------------------------------------------------------------------------

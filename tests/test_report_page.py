@@ -293,6 +293,10 @@ def test_conclusions_follow_the_numbers():
     assert v.holds is False and v.mark == "✗ does not hold:"
     assert [v.holds for v in verdict(but(tested, **{"self-cosine": np.full(40, 0.95)}), "self-cosine")] == [True]
     assert [v.holds for v in verdict(but(tested, **{"self-cosine": np.full(40, 0.5)}), "self-cosine")] == [False]
+    for random, holds, said in ((0.1, True, "more alike than"), (0.9, False, "above 0 of 20 random draws")):
+        alike = geometry.Similarity(np.full((3, 3), 0.8), np.full((20, 3, 3), random))
+        (v,) = verdict(but(tested, similarity=alike), "similarity")
+        assert v.holds is holds and said in v.text
     for beats, p, holds, said in ((True, 0.001, True, "is in"), (False, 0.4, None, "is not told from chance")):
         affect = dataclasses.replace(
             tested.found["affect"],

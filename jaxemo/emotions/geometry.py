@@ -224,28 +224,40 @@ def clusters(
 @dataclasses.dataclass(frozen=True)
 class Similarity:
     """Do the layers arrange the emotions alike? Spearman's rho `[L, L]` of the cosines of all pairs of directions, and
-    `random [L, L]` of random directions that turn from layer to layer as these do. NaN at layers without directions."""
+    `random [R, L, L]` of as many random directions, drawn R times, that turn from layer to layer as these do. NaN at layers
+    without directions."""
 
     rho: np.ndarray
     random: np.ndarray
 
+    @property
+    def overall(self) -> tuple[float, np.ndarray]:
+        """The mean rho over pairs of layers, and that of each draw `[R]`."""
+        i, j = np.triu_indices(len(self.rho), 1)
+        return float(np.nanmean(self.rho[i, j])), np.nanmean(self.random[:, i, j], axis=1)
+
     def summary(self) -> str:
         there = np.flatnonzero(np.isfinite(np.diag(self.rho)))
         at = sorted({int(there[round(i * (len(there) - 1) / 4)]) for i in range(5)})
-        lines = ["similarity of layers (RSA, Spearman's rho); in brackets random directions that turn as these do"]
-        lines.append("  layer " + "".join(f"{j:14d}" for j in at))
+        random, (mean, means) = self.random.mean(0), self.overall
+        lines = [
+            f"similarity of layers (RSA, Spearman's rho); in brackets random directions that turn as these do, mean of {len(self.random)} draws",
+            f"  mean over pairs of layers {mean:+.2f} (random directions {means.mean():+.2f}, largest of the draws {means.max():+.2f})",
+            "  layer " + "".join(f"{j:14d}" for j in at),
+        ]  # fmt: skip
         for i in at:
-            lines.append(
-                f"  {i:5d} " + "".join(f"{self.rho[i, j]:+.2f} ({self.random[i, j]:+.2f})".rjust(14) for j in at)
-            )
+            lines.append(f"  {i:5d} " + "".join(f"{self.rho[i, j]:+.2f} ({random[i, j]:+.2f})".rjust(14) for j in at))
         return "\n".join(lines)
 
 
-def similarity(vectors: EmotionVectors, seed: int = 0) -> Similarity:
-    """Layer-by-layer similarity of the cosine matrices. Raises ValueError for fewer than three directions."""
-    if len(vectors.names) < 3:
-        raise ValueError(f"{len(vectors.names)} directions have no pattern of cosines; at least three are needed")
-    return Similarity(_rsa(vectors), _rsa(vectors.random(len(vectors.names), seed)))
+def similarity(vectors: EmotionVectors, seed: int = 0, draws: int = 20) -> Similarity:
+    """Layer-by-layer similarity of the cosine matrices. Raises ValueError for fewer than three directions or two layers."""
+    E = len(vectors.names)
+    if E < 3:
+        raise ValueError(f"{E} directions have no pattern of cosines; at least three are needed")
+    if len(vectors.layers) < 2:
+        raise ValueError("directions at a single layer are compared with none; at least two layers are needed")
+    return Similarity(_rsa(vectors), np.stack([_rsa(vectors.random(E, seed + i)) for i in range(draws)]))
 
 
 def _rsa(vectors: EmotionVectors) -> np.ndarray:

@@ -309,7 +309,7 @@ def similarity(found: geometry.Similarity) -> tuple[Markup, Markup]:
         return chart.matrix(f"Similarity of the cosine matrices of layers, {what}", rho, names, names, -1, 1,
                             "layers {r} and {c}: rho {v}", labels=("layer", "layer"))  # fmt: skip
 
-    return drawn("emotions", found.rho), drawn("random directions", found.random)
+    return drawn("emotions", found.rho), drawn("random directions", found.random.mean(0))
 
 
 def self_cosine(values: np.ndarray, names: Sequence[str]) -> Markup:

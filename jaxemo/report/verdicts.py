@@ -122,18 +122,15 @@ def verdicts(tested: Validation) -> list[Verdict]:
             )
         )
     if "similarity" in found:
-        s = found["similarity"]
-        off = ~np.eye(len(s.rho), dtype=bool) & np.isfinite(s.rho)
-        if off.any():
-            own, random = s.rho[off].mean(), s.random[off].mean()
-            out.append(
-                Verdict(
-                    "similarity",
-                    None if own > random else False,
-                    f"Layers arrange the emotions {'more' if own > random else 'no more'} alike than random directions "
-                    f"that turn as much from layer to layer: mean rho {signed(own)} against {signed(random)} (one draw, so not a test).",
-                )
+        own, draws = found["similarity"].overall
+        out.append(
+            Verdict(
+                "similarity",
+                bool(own > draws.max()),
+                f"Layers arrange the emotions {'more' if own > draws.max() else 'no more'} alike than random directions that turn as "
+                f"much from layer to layer: mean rho {signed(own)}, {_than(own, draws)} (at most {signed(draws.max())}).",
             )
+        )
     if "speakers" in found:
         out += _speakers(found["speakers"])
     return out
