@@ -5,7 +5,7 @@ CONSTRAINTS ?= -c constraints.txt
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(CONSTRAINTS)
 
-.PHONY: demo test lint test-tpu parity fuzz bench-loading bench-kernels bench-extraction bench-reading emotions clean
+.PHONY: demo test lint test-tpu parity fuzz bench bench-loading bench-kernels bench-extraction bench-reading emotions clean
 
 # The main job on a real model; writes report.html.
 demo: $(VENV)/.base
@@ -37,6 +37,11 @@ fuzz: $(VENV)/.test
 	$(BIN)/python tests/fuzz_safetensors.py
 	$(BIN)/python tests/fuzz_gguf.py
 	$(BIN)/python tests/fuzz_configs.py
+
+# The same work done by PyTorch's libraries, in environments of their own (.venv-bench-*): up to half an hour on a quiet machine with
+# 2 cores. On a GPU: python bench/compare.py --device gpu
+bench: $(VENV)/.base
+	$(BIN)/python bench/compare.py $(ARGS)
 
 # Time and memory of loading, with transformers beside it; run it on a quiet machine.
 bench-loading:
