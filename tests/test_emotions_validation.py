@@ -24,6 +24,7 @@ from jaxemo.emotions import (
     prompts,
     speakers,
     statistics,
+    steering_test,
     validation,
 )
 
@@ -525,6 +526,33 @@ def test_speaker_directions_are_told_from_dialogues_that_were_not_learnt_from(lm
     assert alone.hits[0].mean() > 0.9 and alone.hits[1].mean() < 0.6
     with pytest.raises(ValueError, match="too few dialogues"):
         speakers.speakers(lm, made[:3])
+
+
+# ---- names ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_bare_string_is_no_list_of_names(lm):
+    vectors, c = vectors_of(lm, ("s", "a", "d")), stories(6, 0)
+    number = {"name": "n", "kind": "dose", "template": "{n}", "values": [1, 2, 3], "rises": "sad"}
+    said = [{**dialogue, "emotions": "sad"} for dialogue in dialogues(3)]
+    for what, call in (
+        ("names", lambda: vectors.select("sad")),
+        ("names", lambda: dataclasses.replace(vectors, names="sad")),
+        ("methods", lambda: methods.extract(lm, c, "sad", skip=5, progress=False)),
+        ("texts", lambda: extraction.pooled(lm, "sad")),
+        ("prompts", lambda: prompts.before_answer(lm, "sad")),
+        ("rises", lambda: prompts.numbers(lm, vectors, 1, [number], progress=False)),
+        ("emotions", lambda: speakers.speakers(lm, said)),
+        ("words", lambda: lens.lens(lm, vectors, words="sad")),
+        ("words", lambda: steering_test.word_logprobs(lm, ["a"], "sad", [None])),
+        ("prefixes", lambda: steering_test.word_logprobs(lm, "sad", ["a"], [None])),
+        ("families", lambda: geometry.clusters(vectors, 1, "sad", k=2)),
+        ("names", lambda: geometry.human_norms("sad", "valence")),
+        ("names", lambda: classification.families_of("sad")),
+        ("names", lambda: validation.check("sad")),
+    ):
+        with pytest.raises(ValueError, match=f"{what}='sad': expected a list"):
+            call()
 
 
 # ---- all of it -------------------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ import numpy as np
 
 from jaxemo.emotions import extraction, methods, statistics
 from jaxemo.emotions.corpus import Corpus
-from jaxemo.emotions.vectors import EmotionVectors
+from jaxemo.emotions.vectors import EmotionVectors, listed
 from jaxemo.language_model import LanguageModel
 
 TOP = 5
@@ -215,6 +215,7 @@ def families_of(names: Sequence[str]) -> tuple[str, ...]:
     from jaxemo.emotions import corpus
 
     known = {row["emotion"]: row["family"] for row in corpus.table("emotions.csv")}
+    names = listed("names", names)
     return tuple(known[name] for name in names) if set(names) <= set(known) else ("",) * len(names)
 
 

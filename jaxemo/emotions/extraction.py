@@ -21,7 +21,7 @@ from tqdm import tqdm
 from jaxemo import files, params
 from jaxemo.capture import Capture
 from jaxemo.emotions import corpus as corpus_lib
-from jaxemo.emotions.vectors import EmotionVectors, reading_layer
+from jaxemo.emotions.vectors import EmotionVectors, listed, reading_layer
 from jaxemo.language_model import LanguageModel
 from jaxemo.steering import resolve_layers
 from jaxemo.tokens import length_batches
@@ -228,7 +228,7 @@ def pooled(
     longest: int = LONGEST, layers="all",
 ) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
     """Each text's mean residual stream `[n, L, D]` and mean residual norm `[n, L]`, float32, of tokens `skip` to `longest`."""
-    at = list(resolve_layers(layers, lm.config.n_layers))
+    texts, at = listed("texts", texts), list(resolve_layers(layers, lm.config.n_layers))
     means = np.zeros((len(texts), len(at), lm.config.d_model), np.float32)
     norms = np.zeros((len(texts), len(at)), np.float32)
     with tqdm(total=len(texts), unit="text", desc="activations", disable=not progress) as bar:

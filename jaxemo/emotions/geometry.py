@@ -12,7 +12,7 @@ import scipy.spatial.distance
 import scipy.stats
 
 from jaxemo.emotions import corpus, methods, statistics
-from jaxemo.emotions.vectors import EmotionVectors
+from jaxemo.emotions.vectors import EmotionVectors, listed
 
 
 def cosines(vectors: EmotionVectors, layer: int) -> np.ndarray:
@@ -57,7 +57,7 @@ def human_norms(names, norm: str) -> np.ndarray:
     Source: the Glasgow Norms (Scott, Keitel, Becirspahic, Yao and Sereno 2019).
     """
     rated = {row["emotion"]: float(row[f"{norm}_mean"]) for row in corpus.table("glasgow_norms.csv")}
-    return np.array([rated.get(name, np.nan) for name in names])
+    return np.array([rated.get(name, np.nan) for name in listed("names", names)])
 
 
 def correlation(names, values, norm: str) -> tuple[float, int]:
@@ -205,7 +205,7 @@ def clusters(
     import sklearn.cluster
     import sklearn.metrics
 
-    if not 2 <= k <= len(vectors.names) or len(families) != len(vectors.names):
+    if not 2 <= k <= len(vectors.names) or len(listed("families", families)) != len(vectors.names):
         raise ValueError(
             f"k={k} clusters of {len(vectors.names)} directions with {len(families)} families: expected 2 to "
             f"{len(vectors.names)} clusters and a family for each direction"

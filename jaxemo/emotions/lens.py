@@ -10,7 +10,7 @@ import numpy as np
 
 from jaxemo import model
 from jaxemo.emotions import corpus, methods
-from jaxemo.emotions.vectors import EmotionVectors
+from jaxemo.emotions.vectors import EmotionVectors, listed
 from jaxemo.language_model import LanguageModel
 
 
@@ -67,7 +67,7 @@ def lens(
     that are a single token after a space. Raises ValueError where no two are.
     """
     layer = methods.layer_of(vectors, layer)
-    known = single_tokens(lm, vocabulary() | set(vectors.names) if words is None else set(words))
+    known = single_tokens(lm, vocabulary() | set(vectors.names) if words is None else words)
     if len(known) < 2:
         raise ValueError(
             "the logit lens needs words that are single tokens of this vocabulary, and found fewer than two"
@@ -106,7 +106,7 @@ def vocabulary() -> frozenset[str]:
 def single_tokens(lm: LanguageModel, words) -> dict[str, int]:
     """The words that are one token after a space, with its id, in alphabetical order."""
     start = len(lm.tokenizer.prefix)
-    encoded = {word: lm.tokenizer.encode(" " + word)[start:] for word in sorted(words)}
+    encoded = {word: lm.tokenizer.encode(" " + word)[start:] for word in sorted(set(listed("words", words)))}
     return {word: ids[0] for word, ids in encoded.items() if len(ids) == 1}
 
 

@@ -13,7 +13,7 @@ import optax
 
 from jaxemo.emotions import extraction
 from jaxemo.emotions.corpus import Corpus
-from jaxemo.emotions.vectors import EmotionVectors
+from jaxemo.emotions.vectors import EmotionVectors, listed
 from jaxemo.language_model import LanguageModel
 
 METHODS = ("difference", "pca", "probe", "whitened")
@@ -65,6 +65,7 @@ def extract(
     progress: bool = True,
 ) -> dict[str, EmotionVectors]:
     """EmotionVectors of every method from the same activations of `corpus`, which are all in memory: `[stories, L, D]` float32."""
+    methods = listed("methods", methods)
     x, norms = extraction.pooled(lm, [story.text for story in corpus.stories], skip, max_tokens, progress, longest)
     names = corpus.emotions
     labels = np.array([names.index(story.emotion) for story in corpus.stories])

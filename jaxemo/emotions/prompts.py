@@ -14,7 +14,7 @@ from jaxemo import tokens
 from jaxemo.capture import Capture
 from jaxemo.emotions import classification, corpus, methods
 from jaxemo.emotions.classification import Classification
-from jaxemo.emotions.vectors import EmotionVectors
+from jaxemo.emotions.vectors import EmotionVectors, listed
 from jaxemo.language_model import LanguageModel
 
 
@@ -23,6 +23,7 @@ def before_answer(
 ) -> tuple[np.ndarray, str]:
     """The residual stream `[n, L, D]` where the answer to each of the user's `prompts` begins, and what that position is:
     "before_answer", or "last" (the end of the text) where the model has no chat template."""
+    prompts = listed("prompts", prompts)
     if lm.tokenizer.chat_template:
         where, chats = tokens.BEFORE_ANSWER, [[{"role": "user", "content": prompt}] for prompt in prompts]
         return read_rows(lm, tokens.encode(lm.tokenizer, chats), where, max_tokens, progress), where
@@ -210,7 +211,9 @@ def numbers(
                 f'number template {record["name"]!r}: a "dose" or "control" with "{{n}}" in it and at least three values'
             )
     doses, controls = ([r for r in records if r["kind"] == kind] for kind in ("dose", "control"))
-    named = [(d, e, sign) for d in doses for key, sign in (("rises", 1), ("falls", -1)) for e in d.get(key, ())]
+    named = [
+        (d, e, sign) for d in doses for key, sign in (("rises", 1), ("falls", -1)) for e in listed(key, d.get(key, ()))
+    ]
     if not named or not controls:
         raise ValueError(
             "number templates need a dose that names emotions, and a control that counts something harmless"

@@ -12,7 +12,7 @@ import numpy as np
 
 from jaxemo import tokens
 from jaxemo.emotions import classification, corpus, methods, prompts, statistics
-from jaxemo.emotions.vectors import EmotionVectors
+from jaxemo.emotions.vectors import EmotionVectors, listed
 from jaxemo.language_model import LanguageModel
 
 FOLDS = 3
@@ -83,9 +83,12 @@ def speakers(
     Raises ValueError for a dialogue in which a speaker says nothing after the other, or fewer than three dialogues an emotion.
     """
     dialogues = corpus.records("dialogues.jsonl") if dialogues is None else dialogues
-    x = readings(lm, dialogues, max_tokens, progress)
-    felt = [[d["emotions"][speaker] for d in dialogues for speaker in order] for order in ((0, 1), (1, 0))]
+    felt = [
+        [listed("emotions", d["emotions"])[speaker] for d in dialogues for speaker in order]
+        for order in ((0, 1), (1, 0))
+    ]
     names = tuple(sorted(set(felt[0]) | set(felt[1])))
+    x = readings(lm, dialogues, max_tokens, progress)
     y = np.array([[names.index(name) for name in one] for one in felt])  # [2, n]: the speaker's own, the other's
     fold = np.arange(len(dialogues)).repeat(2) % FOLDS
     for name, e in zip(names, range(len(names)), strict=True):

@@ -11,7 +11,7 @@ import numpy as np
 from tqdm import tqdm
 
 from jaxemo.capture import Capture
-from jaxemo.emotions.vectors import EmotionVectors
+from jaxemo.emotions.vectors import EmotionVectors, listed
 from jaxemo.language_model import LanguageModel
 from jaxemo.steering import Steering
 from jaxemo.tokens import pad
@@ -73,6 +73,7 @@ def word_logprobs(
     progress: bool = False,
 ) -> np.ndarray:
     """Log-probability `[C, P, W]` of each word (all its tokens) right after each prefix under each of C steerings."""
+    prefixes, words = listed("prefixes", prefixes), listed("words", words)
     texts: dict[tuple[int, ...], int] = {}  # every token sequence that is followed by a token of a word, once
     paths: list[list] = []  # for [prefix][word]: (sequence, next token) pairs
     for prefix in prefixes:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from jaxemo.emotions import classification, corpus, extraction, geometry, lens, prompts, speakers, steering_test
-from jaxemo.emotions.vectors import EmotionVectors
+from jaxemo.emotions.vectors import EmotionVectors, listed
 from jaxemo.language_model import LanguageModel
 
 
@@ -111,7 +111,7 @@ TESTS: dict[str, tuple[str, Callable[[Material], Any]]] = {
 
 def check(names: Sequence[str]) -> None:
     """Raise ValueError for a name that is no test's."""
-    unknown = sorted(set(names) - set(TESTS))
+    unknown = sorted(set(listed("names", names)) - set(TESTS))
     if unknown:
         raise ValueError(f"no test named {unknown[0]!r}; there are {', '.join(TESTS)}")
 

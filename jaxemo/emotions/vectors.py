@@ -4,7 +4,7 @@ import dataclasses
 import difflib
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,13 @@ from jaxemo.steering import Steering
 from jaxemo.tokens import Selection
 
 FORMAT = "jaxemo emotion vectors, version 1"
+
+
+def listed(what: str, names: Iterable[str]) -> tuple[str, ...]:
+    """`names` as a tuple. Raises ValueError where they are a single string, whose letters would be taken for them."""
+    if isinstance(names, str):
+        raise ValueError(f"{what}={names!r}: expected a list, of one perhaps: [{names!r}]")
+    return tuple(names)
 
 
 def reading_layer(layers: Sequence[int], n_layers: int) -> int:
@@ -44,7 +51,7 @@ class EmotionVectors:
 
     def __post_init__(self):
         L, E, _ = shape = self.directions.shape
-        if len(self.names) != E or len(set(self.names)) != E:
+        if len(listed("names", self.names)) != E or len(set(self.names)) != E:
             raise ValueError(f"{len(self.names)} names (each once) for {E} directions")
         if self.residual_norm.shape != (L,) or {self.neutral_mean.shape, self.neutral_std.shape} != {(L, E)}:
             raise ValueError(f"residual_norm must be [{L}], neutral_mean and neutral_std [{L}, {E}]")
@@ -143,8 +150,8 @@ class EmotionVectors:
 
     def select(self, names: Sequence[str]) -> "EmotionVectors":
         """Only these directions, in this order."""
-        if isinstance(names, str) or not len(names):
-            raise ValueError(f"names={names!r}: expected a list of at least one name")
+        if not listed("names", names):
+            raise ValueError("names=[]: expected a list of at least one name")
         at = [self.index(name) for name in names]
         return dataclasses.replace(
             self,
