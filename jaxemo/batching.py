@@ -156,8 +156,7 @@ class _Run:
         """Read the prompts of `jobs`, a full batch, or their first tokens `upto`; or go on from the `cache` of these."""
         interventions = self.interventions(jobs, slots)
         if interventions is not None:
-            layers = interventions.layers.replace(bank=shared.bank, acts=shared.acts)
-            interventions = interventions.replace(layers=layers)
+            interventions = steering.join(interventions, shared)
         start = 0 if cache is None else self.common
         batch = tokens.pad([job.prompt for job in jobs], start + max(map(self._bucket, jobs)) if upto is None else None)
         ids, lengths = batch.ids[:, start:upto], batch.lengths

@@ -158,7 +158,7 @@ def begin(
     return write(state, logits, stop)
 
 
-def write(s: State, logits: jax.Array, stop: jax.Array) -> State:
+def write(s: Any, logits: jax.Array, stop: jax.Array) -> State:
     """Sample each row's next token from `logits [B, V]` and write it, unless it ends the row.
 
     A row is done when its last token is written or, where it is to be scored, when that has been read.
@@ -208,10 +208,7 @@ def decode(
         i, s, queue, waiting = carry
         if queue is not None:
             s, queue, waiting = lax.while_loop(lambda c: c[0].done.any() & c[2].any(), refill, (s, queue, waiting))
-        interventions = s.interventions
-        if interventions is not None:
-            layers = interventions.layers.replace(bank=shared.bank, acts=shared.acts)
-            interventions = interventions.replace(layers=layers)
+        interventions = None if s.interventions is None else steering.join(s.interventions, shared)
         position = jnp.where(s.done, 0, s.prompt + s.lengths - 1)  # a row that is done no longer needs its cache
         x, cache, captured = model.forward(
             config, params, s.token[:, None], position, s.cache, interventions, probes, s.prompt + s.most
@@ -232,7 +229,7 @@ def decode(
     return lax.while_loop(more, step, (jnp.int32(0), state, queue, waiting))[1:]
 
 
-def axes(state: State) -> State:
+def axes(state: State) -> Any:
     """Along which axis of each leaf the rows lie."""
     cache = jax.tree.map(lambda leaf: leaf.ndim - 4, state.cache)
     found = jax.tree.map(lambda _: 0, state).replace(cache=cache)
@@ -242,7 +239,7 @@ def axes(state: State) -> State:
     return found.replace(interventions=found.interventions.replace(layers=layers))
 
 
-def exchange(state: State, row: jax.Array, queue: State, at: jax.Array) -> tuple[State, State]:
+def exchange(state: Any, row: jax.Array, queue: Any, at: jax.Array) -> tuple[State, State]:
     """`row` of `state` and row `at` of the `queue` in one another's place. The cache of what leaves is lost."""
 
     def put(axis, x, i, y, j):

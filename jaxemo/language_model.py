@@ -333,8 +333,8 @@ class LanguageModel:
             stopped = done | [end <= len(text) for end, text in zip(ends, texts, strict=True)]
             if read is not None:  # what is kept must have been read, which is a step after it is written
                 tokens, lengths = np.asarray(state.tokens), np.asarray(state.lengths)
-                for i in np.flatnonzero(stopped & ~done):
-                    stopped[i] = self.cut(tokens[i, : lengths[i]], stop_texts)[1] < lengths[i]
+                for row in np.flatnonzero(stopped & ~done):
+                    stopped[row] = self.cut(tokens[row, : lengths[row]], stop_texts)[1] < lengths[row]
             if stopped.all():
                 break
             if stop_texts:

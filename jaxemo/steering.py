@@ -191,9 +191,9 @@ class LayerInterventions:
     """What one layer needs (or all layers, with a leading L axis). M is the number of distinct directions in use."""
 
     bank: Any  # [M, D] float32 unit directions
-    a: Array  # [B, M] float32
-    b: Array  # [B, M] float32
-    keep_norm: Array  # [B] bool
+    a: Any  # [B, M] float32
+    b: Any  # [B, M] float32
+    keep_norm: Any  # [B] bool
     acts: Any  # [] bool: whether anything acts here, if only with strength 0; else the layer is passed over
 
 
@@ -261,14 +261,21 @@ def resolve(
     slots: Slots = {}
     numbers = [assign(row, slots) for row in found]
     arrays = arrange(config, rows, found, numbers, room(slots))
-    return arrays.replace(layers=arrays.layers.replace(bank=bank(config, slots)))
+    return join(arrays, arrays.layers, bank(config, slots))
 
 
 def split(interventions: Interventions) -> tuple[Interventions, LayerInterventions]:
     """What each row has of its own, and what all rows share."""
-    layers = interventions.layers
-    own = interventions.replace(layers=layers.replace(bank=None, acts=None))
-    return own, layers.replace(a=None, b=None, keep_norm=None)
+    one = interventions.layers
+    own = LayerInterventions(None, one.a, one.b, one.keep_norm, None)
+    return Interventions(own, interventions.spans), LayerInterventions(one.bank, None, None, None, one.acts)
+
+
+def join(own: Interventions, shared: LayerInterventions, bank=None) -> Interventions:
+    """Both again; with a `bank`, that one."""
+    rows = own.layers
+    layers = LayerInterventions(shared.bank if bank is None else bank, rows.a, rows.b, rows.keep_norm, shared.acts)
+    return Interventions(layers, own.spans)
 
 
 def entries(
@@ -353,7 +360,7 @@ def _row_entries(spec: Steering, spans_of: Callable[[Selection], list[Span]]):
     return made
 
 
-def _orthonormal(terms: Sequence[Term]):
+def _orthonormal(terms: Sequence[Term]) -> list[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]]:
     """(directions [L, D], a [L], b [L], active [L]) such that all of `terms`' projections are set at once."""
     if len(terms) < 2:
         return [(t.directions, t.value, t.active.astype(np.float32), t.active) for t in terms]

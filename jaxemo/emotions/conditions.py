@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Sequence
+from typing import Any
 
 from jaxemo.emotions.vectors import EmotionVectors
 from jaxemo.steering import Steering
@@ -39,10 +40,15 @@ def conditions(
     for (which, name), operation, strength, where, selection in itertools.product(
         of, operations, strengths, layers, tokens
     ):
-        steer = {"add": which.steer, "clamp": which.clamp, "dampen": which.dampen, "ablate": which.ablate}[operation]
+        kinds: dict[str, Any] = {
+            "add": which.steer,
+            "clamp": which.clamp,
+            "dampen": which.dampen,
+            "ablate": which.ablate,
+        }
         amount = () if operation == "ablate" else (strength,)
         at = [vectors.layer] if where is None else where  # a control acts where the emotions do
         text = at if isinstance(at, str) else ",".join(map(str, at)) if hasattr(at, "__iter__") else at
         label = " ".join([name, operation, *(f"{x:+g}" for x in amount), f"layers={text}", f"tokens={selection}"])
-        made[label] = steer(name, *amount, layers=at, tokens=selection)
+        made[label] = kinds[operation](name, *amount, layers=at, tokens=selection)
     return made
