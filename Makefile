@@ -38,10 +38,10 @@ fuzz: $(VENV)/.test
 	$(BIN)/python tests/fuzz_gguf.py
 	$(BIN)/python tests/fuzz_configs.py
 
-# The same work done by PyTorch's libraries, in environments of their own (.venv-bench-*): up to half an hour on a quiet machine with
-# 2 cores. On a GPU: python bench/compare.py --device gpu
+# The same work done by PyTorch's libraries, in environments of their own (.venv-bench-*), for half an hour; what is left then is done by
+# the next run. It takes a quiet machine. On a GPU: python bench/compare.py --device gpu
 bench: $(VENV)/.base
-	$(BIN)/python bench/compare.py $(ARGS)
+	$(BIN)/python bench/compare.py --minutes 26 $(ARGS)
 
 # Time and memory of loading, with transformers beside it; run it on a quiet machine.
 bench-loading:

@@ -333,7 +333,7 @@ def main() -> None:
     begun, load, here, code = time.time(), os.getloadavg()[0], process.machine(args.device), fingerprint()
     if load > 0.5:
         print(f"this machine is busy (load {load:.1f}): what is measured now means little", file=sys.stderr)
-    entries, versions = [], {}
+    entries, left, versions = [], [], {}
     for model in (model for model in MODELS[args.device] if any(word in model for word in args.models.split(","))):
         bench = Bench(model, args)
         try:
@@ -342,7 +342,10 @@ def main() -> None:
                 path = BUILD / "parts" / f"{bench.folder.name}-{args.device}-{name}{'-quick' * args.quick}.json"
                 part = json.loads(path.read_text()) if path.exists() else {}
                 if part.get("key") != key:
-                    if name not in only or time.time() - begun > 60 * args.minutes:
+                    if name not in only:
+                        continue
+                    if time.time() - begun > 60 * args.minutes:
+                        left.append((model, name))
                         continue
                     entry = {"model": model, "work": name, "about": work.about, "contenders": bench.measure(name, work)}
                     part = {"key": key, "entry": entry, "versions": bench.versions}
@@ -365,7 +368,8 @@ def main() -> None:
         for name, row in entry["contenders"].items()
         if row["status"] != "ok"
     ]
-    print("\n".join(["", *failed, f"written to {path} after {(time.time() - begun) / 60:.0f} minutes"]))
+    left = [f"{model}, {name}: not done, run it again to go on" for model, name in left]
+    print("\n".join(["", *failed, *left, f"written to {path} after {(time.time() - begun) / 60:.0f} minutes"]))
     if not args.quick:
         ratios = ", ".join(
             f"{entry['work']} {best:.2f}" for entry in entries if (best := ratio(entry["contenders"])) is not None

@@ -64,9 +64,10 @@ def works(device: str, quick: bool) -> dict[str, Work]:
         "prefill": Work(f"last logits of {rows} x {length} tokens", {**texts, "do": "prefill"}, READERS),
         "readout": Work("the same, and 171 scores of every token after every layer", {**texts, "do": "readout"}, READERS),
     }  # fmt: skip
+    generating = {}
     for B in s["batches"]:
         large = device == "cpu" and B > 16  # minutes there
-        found[f"generate-{B}"] = Work(f"{new} tokens after {short}, {B} row{'s' * (B > 1)}", {**prompts, "do": "generate", "rows": B},
+        generating[f"generate-{B}"] = Work(f"{new} tokens after {short}, {B} row{'s' * (B > 1)}", {**prompts, "do": "generate", "rows": B},
                                       ENGINES[: 2 if large and B > 64 else 3], skilled if large else ("user", "skilled"))  # fmt: skip
     steered = {**prompts, "do": "generate", "steer": "same", "conditions": 1, "read": True}
     found[f"steer-read-{s['steer']}"] = Work(
@@ -84,4 +85,4 @@ def works(device: str, quick: bool) -> dict[str, Work]:
     job = {"do": "sweep", "ids": "prompts", "rows": rows, "length": length, "new": new, "steer": "own", "conditions": conditions,
            "batch": 64 if device == "cpu" else 256}  # fmt: skip
     found["sweep"] = Work(f"{conditions} vectors x {rows} prompts, {new} tokens after {length}", job, every, part=part)
-    return found
+    return found | generating  # the longest last
