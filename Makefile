@@ -5,7 +5,7 @@ CONSTRAINTS ?= -c constraints.txt
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(CONSTRAINTS)
 
-.PHONY: demo test lint test-tpu parity fuzz bench bench-loading bench-kernels bench-extraction bench-reading emotions clean
+.PHONY: demo test lint test-tpu parity fuzz bench bench-loading bench-kernels bench-extraction bench-reading bench-sweep emotions clean
 
 # The main job on a real model; writes report.html.
 demo: $(VENV)/.base
@@ -55,6 +55,10 @@ bench-extraction: $(VENV)/.base
 # Read 10,000 texts: time, memory, and the same after kills; run it on a quiet machine.
 bench-reading: $(VENV)/.base
 	$(BIN)/python bench/reading.py $(ARGS)
+
+# Sweeps: speed, compilations, the cost of many conditions, and a store that is killed and resumed; run it on a quiet machine.
+bench-sweep: $(VENV)/.base
+	$(BIN)/python bench/sweep.py $(ARGS)
 
 # What the directions of the two real models are worth, each number beside its baselines (about 40 minutes on 2 cores).
 emotions: $(VENV)/.base

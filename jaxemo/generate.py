@@ -54,8 +54,11 @@ class State:
 def filter_logits(logits: jax.Array, top_k: jax.Array, top_p: jax.Array, min_p: jax.Array) -> jax.Array:
     """`logits [B, V]` with the tokens that top-k, top-p (nucleus) and min-p leave out set to -inf. Ties are kept."""
     V = logits.shape[-1]
-    one = jnp.ones_like(logits)
-    kept = ~above(logits, one, jnp.where(top_k > 0, top_k, V).astype(logits.dtype))
+
+    def largest_k():
+        return ~above(logits, jnp.ones_like(logits), jnp.where(top_k > 0, top_k, V).astype(logits.dtype))
+
+    kept = lax.cond((top_k > 0).any(), largest_k, lambda: jnp.ones(logits.shape, bool))
     p = jax.nn.softmax(jnp.where(kept, logits, -jnp.inf), axis=-1)
     most = p.max(-1, keepdims=True)
     kept &= ~above(p, p, jnp.where(top_p < 1, top_p, jnp.inf)) & (p >= min_p[:, None] * most) | (p == most)
@@ -82,19 +85,34 @@ def above(x: jax.Array, weight: jax.Array, limit: jax.Array) -> jax.Array:
 
 def largest(logits: jax.Array) -> jax.Array:
     """Where each row of `logits [B, V]` is largest, the first of equals: XLA:CPU's own argmax is ten times as slow."""
-    B, V = logits.shape
-    n = 256
-    parts = jnp.pad(logits, ((0, 0), (0, -V % n)), constant_values=-jnp.inf).reshape(B, -1, n)
+    parts = split(logits)
     part = jnp.argmax(parts.max(-1), axis=-1)
     within = jnp.argmax(jnp.take_along_axis(parts, part[:, None, None], axis=1)[:, 0], axis=-1)
-    return (part * n + within).astype(jnp.int32)
+    return (part * parts.shape[-1] + within).astype(jnp.int32)
+
+
+def draw(key: jax.Array, logits: jax.Array) -> jax.Array:
+    """A token of each row with the probabilities of `logits [B, V]` and `key [B]`: first a part of them, then one of that
+    part, so that few random numbers are made."""
+    parts = split(logits)
+    first, second = jnp.moveaxis(jax.vmap(jax.random.split)(key), 1, 0)
+    part = jax.vmap(jax.random.categorical)(first, jax.nn.logsumexp(parts, axis=-1))
+    chosen = jnp.take_along_axis(parts, part[:, None, None], axis=1)[:, 0]
+    within = jax.vmap(jax.random.categorical)(second, chosen)
+    return (part * parts.shape[-1] + within).astype(jnp.int32)
+
+
+def split(logits: jax.Array, n: int = 256) -> jax.Array:
+    """`logits [B, V]` in parts of `n` tokens, `[B, V / n, n]`; what fills the last is -inf."""
+    B, V = logits.shape
+    return jnp.pad(logits, ((0, 0), (0, -V % n)), constant_values=-jnp.inf).reshape(B, -1, n)
 
 
 def sample(logits: jax.Array, sampling: Sampling, position: jax.Array) -> tuple[jax.Array, jax.Array]:
     """The next token `[B]` and its log-probability under `logits [B, V]` (before temperature and filters)."""
     greedy = largest(logits)
 
-    def draw():
+    def drawn():
         scaled = logits / jnp.where(sampling.temperature > 0, sampling.temperature, 1.0)[:, None]
         filtered = lax.cond(
             ((sampling.top_k > 0) | (sampling.top_p < 1) | (sampling.min_p > 0)).any(),
@@ -102,10 +120,9 @@ def sample(logits: jax.Array, sampling: Sampling, position: jax.Array) -> tuple[
             lambda: scaled,
         )
         keys = jax.vmap(jax.random.fold_in)(sampling.key, position)
-        drawn = jax.vmap(jax.random.categorical)(keys, filtered).astype(jnp.int32)
-        return jnp.where(sampling.temperature > 0, drawn, greedy)
+        return jnp.where(sampling.temperature > 0, draw(keys, filtered), greedy)
 
-    token = lax.cond((sampling.temperature > 0).any(), draw, lambda: greedy)
+    token = lax.cond((sampling.temperature > 0).any(), drawn, lambda: greedy)
     chosen = jnp.take_along_axis(logits, token[:, None], axis=-1)[:, 0]
     return token, chosen - jax.nn.logsumexp(logits, axis=-1)
 
