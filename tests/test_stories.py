@@ -116,8 +116,9 @@ def test_another_store_or_file_is_refused_untouched(lm, tmp_path, writes):
         with pytest.raises(ValueError, match=message):
             stories.write(lm, out, ["sad"], TOPICS, seed=1, progress=False)
         assert out.read_bytes() == content
-    with pytest.raises(ValueError, match="at least one of each is needed"):
-        stories.write(lm, tmp_path / "new.jsonl", [], TOPICS)
+    for names, message in (([], "at least one"), (["sad", " "], "at least one"), ("sad", "expected a list")):
+        with pytest.raises(ValueError, match=f"emotions=.*{message}"):
+            stories.write(lm, tmp_path / "new.jsonl", names, TOPICS)
     with pytest.raises(ValueError, match="topics=999: there are"):
         stories.write(lm, tmp_path / "new.jsonl", topics=999)
 

@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from jaxemo import files, params
 from jaxemo.emotions import corpus, quality
+from jaxemo.emotions.vectors import listed
 from jaxemo.language_model import LanguageModel
 
 PAPER = 205_200  # stories
@@ -96,7 +97,9 @@ def write(
     near-duplicates of those kept. Raises ValueError for emotions without a name to check, topics of one name, or a store of
     other settings, weights, wording or descriptions; BlockingIOError for a store that is being written.
     """
-    names = tuple(emotions) if emotions is not None else tuple(row["emotion"] for row in corpus.table("emotions.csv"))
+    if emotions is None:
+        emotions = [row["emotion"] for row in corpus.table("emotions.csv")]
+    names = listed("emotions", emotions)
     subjects = _topics(topics) if isinstance(topics, int) else list(topics)
     if not names or not subjects or any(not isinstance(name, str) or not name.strip() for name in names):
         raise ValueError(f"emotions={emotions!r}, topics={topics!r}: at least one of each is needed")
