@@ -92,6 +92,7 @@ def measure(model: str) -> None:
     others = {method: EmotionVectors.load(path) for method, path in paths.items()}
     path = KEPT / f"{model}-stories.jsonl"
     written = stories.write(lm, path, corpus.starter().emotions)
+    written = dataclasses.replace(written, out=str(path.relative_to(HERE.parent)))
     print(written)
     own = corpus.load(path) if written.kept else None
     tested = validation.validate(validation.Material(lm, vectors, corpus.shipped(), corpus.heldout(), own, others))
