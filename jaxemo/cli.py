@@ -219,6 +219,15 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--vectors", required=True, help="file made by `jaxemo extract`")
     sub.add_argument("-o", "--out", help="page to write its figures on")
 
+    sub = command("study", _study, "ask what a model does when a direction is turned up and down, beside controls")
+    sub.add_argument("study", help="forced-choice, dilemma, sycophancy, harshness, or all")
+    model(sub)
+    sub.add_argument("--vectors", required=True, help="file made by `jaxemo extract`")
+    sub.add_argument("--layers", type=_numbers, help="layers to steer, for example 15-25 (a band past the middle)")
+    sub.add_argument("--strength", type=float, help="fraction of the residual norm (by default the largest that costs a neutral "
+                     "text at most 0.1 nats a token)")  # fmt: skip
+    sub.add_argument("-o", "--out", default="studies", help="directory to write, or to go on with (studies)")
+
     sub = command("demo", _demo, "extract directions from SmolLM2-135M, test them, and write a report")
     sub.add_argument("-o", "--out", default="report.html")
     sub.add_argument("--vectors", help="use these instead of extracting")
@@ -514,6 +523,18 @@ def _sweep(args):
     )  # fmt: skip
     print(grid)
     print(f"\nEvery text is in {pathlib.Path(args.out).resolve()}")
+
+
+def _study(args):
+    from jaxemo.studies import battery
+
+    names = tuple(battery.STUDIES) if args.study == "all" else (args.study,)
+    vectors, lm = _vectors(args, "steering"), _load(args)
+    for result in battery.run(lm, vectors, args.out, names, args.layers, args.strength):
+        print(f"\n{result}")
+    print(
+        f"\n{(pathlib.Path(args.out) / 'summary.txt').read_text()}\nAll of it is in {pathlib.Path(args.out).resolve()}"
+    )
 
 
 def _corpus(args):

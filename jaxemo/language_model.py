@@ -91,13 +91,35 @@ def _forward(config, params, ids, lengths, interventions, probes, logits):
 @functools.partial(jax.jit, static_argnames="config")
 def _logprobs(config, params, ids, lengths, interventions):
     x, _, _ = model.forward(config, params, ids, interventions=interventions, lengths=lengths)
+    return jnp.pad(_following(config, params, x[:, :-1], ids[:, 1:]), ((0, 0), (1, 0)))
+
+
+def _following(config, params, x, ids):
+    """Log-probability `[B, T]` of `ids [B, T]` where the residual stream before each is `x [B, T, D]`."""
 
     def one_row(row):  # row by row: all logits at once would be B * T * V floats
         x, following = row
         logits = model.unembed(config, params, x)
         return jnp.take_along_axis(logits, following[:, None], axis=-1)[:, 0] - jax.nn.logsumexp(logits, axis=-1)
 
-    return jnp.pad(lax.map(one_row, (x[:, :-1], ids[:, 1:])), ((0, 0), (1, 0)))
+    return lax.map(one_row, (x, ids))
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def _continuations(config, params, ids, lengths, more, counts, interventions):
+    (_, T), R = ids.shape, more.shape[-1]
+    cache = model.init_cache(config, len(ids), T + R, params["embed"].dtype, params_lib.is_stacked(params))
+    whole = lengths + R
+    x, cache, _ = model.forward(config, params, ids, None, cache, interventions, None, whole)
+    last = jnp.take_along_axis(x, (lengths - 1)[:, None, None], axis=1)
+
+    def one(choice):
+        ids, count = choice
+        x, _, _ = model.forward(config, params, ids, lengths, cache, interventions, None, whole)
+        logprobs = _following(config, params, jnp.concatenate([last, x[:, :-1]], axis=1), ids)
+        return jnp.where(jnp.arange(R) < count[:, None], logprobs, 0).sum(1)
+
+    return lax.map(one, (jnp.moveaxis(more, 1, 0), counts.T)).T
 
 
 def adjustment(vectors: Directions, kind: str) -> dict[str, Any]:
@@ -190,6 +212,33 @@ class LanguageModel:
         batch = self.batch(batch)
         interventions = None if steering is None else steering_lib.resolve(self.config, steering, batch)
         return _logprobs(self.config, self.params, batch.ids, batch.lengths, interventions)
+
+    def continuations(self, batch, texts, steering: SteeringArg = None) -> tuple[jax.Array, np.ndarray]:
+        """Log-probability `[B, O]` of each of O ways to go on from each row, and how many tokens `[B, O]` each has.
+
+        `texts` holds O strings a row; each is encoded by itself, so a word that goes on a text begins with its space. A row is
+        read once, whatever O is. What is steered in all tokens is steered in those of every continuation too.
+        """
+        batch = self.batch(batch)
+        if len(texts) != len(batch.ids) or any(isinstance(row, str) for row in texts) or len({*map(len, texts)}) != 1:
+            raise ValueError(
+                f"texts: expected as many continuations for each of the {len(batch.ids)} rows, a list of them a row"
+            )
+        more = [[self.tokenizer.encode(text)[len(self.tokenizer.prefix) :] for text in row] for row in texts]
+        counts = np.array([[len(ids) for ids in row] for row in more], np.int32)
+        if not counts.all():
+            row, o = np.argwhere(counts == 0)[0]
+            raise ValueError(f"texts: continuation {o} of row {row}, {texts[row][o]!r}, has no tokens")
+        R = tokens_lib.bucket(int(counts.max()), 8)
+        if (longest := int((batch.lengths + counts.max(1)).max())) > self.config.max_positions:
+            raise ValueError(
+                f"a row with its continuation has {longest} tokens; the model was made for {self.config.max_positions}"
+            )
+        padded = np.zeros((*counts.shape, R), np.int32)
+        for at in np.ndindex(counts.shape):
+            padded[at][: counts[at]] = more[at[0]][at[1]]
+        interventions = None if steering is None else steering_lib.resolve(self.config, steering, batch, R)
+        return _continuations(self.config, self.params, batch.ids, batch.lengths, padded, counts, interventions), counts
 
     def read(
         self,

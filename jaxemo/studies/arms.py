@@ -1,0 +1,155 @@
+"""What a study does to a model: emotions turned up and down, beside controls that push as hard.
+
+The controls are random directions: of the same length, and of the length that costs a neutral text as much (where a model's residual
+stream is long in a few directions only, a random one of the same length costs it far more); and directions that are as much at home
+in the model but of no emotion: the topics of the same stories, and labels that were dealt out to them by chance.
+"""
+
+import dataclasses
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from jaxemo.emotions import corpus, extraction
+from jaxemo.emotions.vectors import EmotionVectors
+from jaxemo.language_model import LanguageModel
+from jaxemo.steering import Steering
+
+DOSES = (-1.0, -0.5, 0.5, 1.0)
+RANDOM = 20
+GRID = (0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4)  # strengths tried
+BUDGET = 0.1  # nats of a neutral text's token
+
+
+@dataclasses.dataclass(frozen=True)
+class Arm:
+    """One steering of a study: `dose` times the study's strength in a direction. `kind` is "none", "emotion", "random" (as long),
+    "matched" (as costly) or "irrelevant"."""
+
+    kind: str
+    direction: str
+    dose: float
+    steering: Steering | None
+
+    @property
+    def name(self) -> str:
+        return f"{self.direction} {self.dose:+g}" if self.steering else "none"
+
+
+@dataclasses.dataclass(frozen=True)
+class Strength:
+    """The largest strengths of the `grid` at which a text stays within the budget: `emotion` for emotions, `random` for random
+    directions. `cost` and `random_cost`, of the grid, are the rise of a neutral token's surprise in nats (NaN beyond the budget)."""
+
+    emotion: float
+    random: float
+    layers: tuple[int, ...]
+    grid: tuple[float, ...] = ()
+    cost: tuple[float, ...] = ()
+    random_cost: tuple[float, ...] = ()
+
+    def __str__(self) -> str:
+        where = f"layer {self.layers[0]}" if len(self.layers) == 1 else f"layers {self.layers[0]} to {self.layers[-1]}"
+        if not self.grid:
+            return f"strength {self.emotion:g} at {where}, given"
+        at, there = self.grid.index(self.emotion), self.grid.index(self.random)
+        return (
+            f"strength {self.emotion:g} at {where}: a neutral text's token costs {self.cost[at]:+.3f} nats more under emotions, and "
+            f"{self.random_cost[there]:+.3f} under random directions at strength {self.random:g}"
+        )
+
+
+def band(n_layers: int) -> tuple[int, ...]:
+    """The layers that are steered by default: a band from the middle to where the last words are chosen (the paper steers one too)."""
+    return tuple(range(round(0.5 * n_layers), max(round(0.85 * n_layers), round(0.5 * n_layers) + 1)))
+
+
+def make(
+    vectors: EmotionVectors,
+    emotions: Sequence[str],
+    strength: Strength,
+    irrelevant: EmotionVectors | None = None,
+    doses: Sequence[float] = DOSES,
+    random: int = RANDOM,
+    seed: int = 0,
+) -> list[Arm]:
+    """No steering; every emotion at every dose; random and irrelevant directions at the largest, up and down."""
+    ends, controls = (min(doses), max(doses)), vectors.random(random, seed)
+    groups: list[tuple[Any, ...]] = [
+        ("emotion", "", vectors, tuple(emotions), doses, strength.emotion),
+        ("random", "", controls, controls.names, ends, strength.emotion),
+    ]
+    if strength.random != strength.emotion:
+        groups.append(("matched", ", matched", controls, controls.names, ends, strength.random))
+    if irrelevant is not None:
+        groups.append(("irrelevant", "", irrelevant, irrelevant.names, ends, strength.emotion))
+    arms = [Arm("none", "", 0.0, None)]
+    for kind, mark, of, names, amounts, s in groups:
+        arms += [Arm(kind, name + mark, d, of.steer(name, d * s, strength.layers)) for name in names for d in amounts]
+    return arms
+
+
+def calibrate(
+    lm: LanguageModel,
+    vectors: EmotionVectors,
+    emotions: Sequence[str],
+    layers: Sequence[int],
+    texts: Sequence[str] | None = None,
+    budget: float = BUDGET,
+    random: int = 4,
+) -> Strength:
+    """How strong steering may be: the mean cost, up and down, stays within `budget`, for emotions and for random directions alike.
+
+    Raises ValueError where the weakest of the grid costs emotions more.
+    """
+    batch = lm.batch(list(texts or corpus.shipped().neutral[:8]))
+    inside = np.arange(batch.ids.shape[1]) < batch.lengths[:, None]
+    plain = np.asarray(lm.logprobs(batch))[inside].mean()
+    controls = vectors.random(random, seed=1)
+    cost = np.full((2, len(GRID)), np.nan)
+    for row, (of, names) in enumerate(((vectors, emotions), (controls, controls.names))):
+        for at, strength in enumerate(GRID):
+            spent = [
+                plain - np.asarray(lm.logprobs(batch, of.steer(name, sign * strength, layers)))[inside].mean()
+                for name, sign in itertools.product(names, (-1, 1))
+            ]
+            cost[row, at] = np.mean(spent)
+            if cost[row, at] > budget:
+                break
+    if not cost[0, 0] <= budget:
+        raise ValueError(
+            f"a strength of {GRID[0]} at layers {list(layers)} already costs {cost[0, 0]:.2f} nats a token, more than "
+            f"{budget}; steer fewer layers"
+        )
+    emotion, by_chance = (GRID[max(np.flatnonzero(row <= budget), default=0)] for row in cost)
+    return Strength(emotion, by_chance, tuple(layers), GRID, tuple(cost[0].tolist()), tuple(cost[1].tolist()))
+
+
+def irrelevant(
+    lm: LanguageModel, of: corpus.Corpus | None = None, layers="all", seed: int = 0, progress: bool = True
+) -> EmotionVectors:
+    """Directions made as the emotions' are, from the same stories, but of their topics and of labels dealt out by chance."""
+    of = of or corpus.starter()
+    topics = tuple(corpus.Story(f"topic {s.topic}", s.topic, s.text) for s in of.stories)
+    dealt = np.random.default_rng(seed).permutation([s.emotion for s in of.stories]).tolist()
+    labels = {name: f"shuffled {i}" for i, name in enumerate(of.emotions[:12])}
+    shuffled = tuple(
+        corpus.Story(labels[name], s.topic, s.text) for name, s in zip(dealt, of.stories, strict=True) if name in labels
+    )
+    first, second = (
+        extraction.extract(
+            lm, dataclasses.replace(of, name=f"{of.name}, {what}", stories=stories), layers=layers, progress=progress
+        )
+        for what, stories in (("by topic", topics), ("shuffled", shuffled))
+    )
+    joined = (
+        np.concatenate([getattr(first, name), getattr(second, name)], 1)
+        for name in ("directions", "neutral_mean", "neutral_std")
+    )
+    directions, mean, std = joined
+    return EmotionVectors(
+        first.names + second.names, directions, first.residual_norm, mean, std,
+        first.provenance | {"kind": "topics and shuffled labels"},
+    )  # fmt: skip

@@ -1,0 +1,313 @@
+"""Studies that read a choice between two ways to go on as a log-odds, under every arm, with no text generated.
+
+Each choice is read as a *continuation*: the log-probability of the one answer less that of the other, in the assistant's own turn. And
+every second one also by *letter*: both are listed in the question, in both orders, and the letters' log-odds are averaged, so that
+neither place nor letter counts; that takes three times as long, and costly or irrelevant directions are spared it. Both options are read under the same steering, or the difference would be the push itself.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+import pathlib
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import scipy.stats
+from tqdm import tqdm
+
+from jaxemo import files, params
+from jaxemo import tokens as tokens_lib
+from jaxemo.emotions.vectors import EmotionVectors
+from jaxemo.language_model import LanguageModel
+from jaxemo.studies import arms as arms_lib
+from jaxemo.studies import statistics
+from jaxemo.studies.arms import Arm
+
+READINGS = ("continuation", "letter")
+COHERENT = (
+    0.5  # nats that a token of the options may cost more than unsteered, on average; a dose that costs more is dropped
+)
+SATURATED = 0.95  # where as many unsteered choices fall on one side, there is no room for a rate to move
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """One situation and two ways to go on; what is measured are the log-odds of `that` over `this`. `twin` names the control whose
+    facts are the same without what should matter ("" where this is the situation itself)."""
+
+    id: str
+    question: str
+    this: str
+    that: str
+    twin: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Claim:
+    """That more of `emotion` gives more (+1) or less (-1) of what is measured."""
+
+    text: str
+    emotion: str
+    sign: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """What came of one claim by one reading: the `effect` (its p after Holm's correction over all rows), without what the options'
+    lengths explain (`adjusted`), and in the `twin`s (mean and 95 % interval). None where nothing was left to measure."""
+
+    claim: Claim
+    reading: str
+    effect: statistics.Effect | None
+    adjusted: float | None
+    twin: tuple[float, float, float] | None
+    verdict: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """A study of one model. By reading: `rate`, the share of unsteered situations in which the log-odds are above zero; `pressure`, how
+    much higher they are than in the twins (mean and 95 % interval); `chance`, the root mean square effect of "random" and of "irrelevant"
+    directions; `detectable`, the effect found with a power of 80 %. `dropped` are the doses that cost the options too much."""
+
+    name: str
+    model: str
+    items: int
+    strength: str
+    rows: tuple[Row, ...]
+    rate: dict[str, float]
+    pressure: dict[str, tuple[float, float, float]]
+    chance: dict[str, dict[str, float]]
+    detectable: dict[str, float]
+    dropped: tuple[str, ...]
+
+    def __str__(self) -> str:
+        lines = [f"{self.name} on {self.model}: {self.items} situations; {self.strength}"]
+        for reading in READINGS:
+            over = "{:+.2f} [{:+.2f}, {:+.2f}] over the twins, ".format(*p) if (p := self.pressure.get(reading)) else ""
+            chance = ", ".join(f"{kind} {rms:.3f}" for kind, rms in self.chance[reading].items())
+            lines.append(
+                f"read by {reading}: unsteered, {self.rate[reading]:.0%} above zero, {over}root mean square effect of directions that mean "
+                f"nothing here: {chance}; found with a power of 80 %: {self.detectable[reading]:.3f}"
+            )
+            for row in (row for row in self.rows if row.reading == reading):
+                more = f"; less what lengths explain {row.adjusted:+.3f}" if row.adjusted is not None else ""
+                more += "; in the twins {:+.3f} [{:+.3f}, {:+.3f}]".format(*row.twin) if row.twin else ""
+                lines.append(f"  {row.claim.text}: {row.effect or 'not measured'}{more} -> {row.verdict}")
+        if self.dropped:
+            lines.append(f"dropped, the text falls apart: {', '.join(self.dropped)}")
+        return "\n".join(lines)
+
+
+def asked(choice: Choice, reading: str, swapped: bool = False) -> tuple[str, list[str]]:
+    """The question and the two continuations, `this` first whatever the order shown."""
+    if reading == "continuation":
+        return choice.question, [choice.this, choice.that]
+    first, second = (choice.that, choice.this) if swapped else (choice.this, choice.that)
+    question = f"{choice.question}\n\nA: {first}\nB: {second}\n\nAnswer with one letter, A or B."
+    return question, ["B", "A"] if swapped else ["A", "B"]
+
+
+def measure(
+    lm: LanguageModel,
+    choices: Sequence[Choice],
+    arms: Iterable[Arm],
+    out: str | os.PathLike,
+    rows: int = 32,
+    progress: bool = True,
+) -> dict[str, dict[str, np.ndarray]]:
+    """For every arm: the log-odds `[n]` of `that` over `this` by each reading, the mean log-probability `[n]` of a token of the
+    options, and their lengths `[n, 2]`. NaN is what was not read: twins are read under "none" and emotions alone.
+
+    `out` is a JSONL file with a line for each arm; the same call goes on where a
+    killed one was. Raises ValueError for an `out` of other choices, weights or steering.
+    """
+    arms, files_out = list(arms), pathlib.Path(out)
+    files.check_writable(files_out)
+    plan = _plan(lm, choices)
+    with open(files_out, "a+b") as file:
+        files.lock(file, files_out)
+        by = {
+            "weights": params.fingerprint(lm.params)[:16],
+            "choices": _digest([dataclasses.astuple(c) for c in choices]),
+        }
+        found = files.records(file, files_out, "a study", [b'{"study": ', b'{"arm": '])
+        if not found:
+            files.append(file, [{"study": by}])
+        elif found[0].get("study") != by:
+            raise ValueError(f"{str(files_out)!r} is of other choices or weights; write elsewhere")
+        done = {record["arm"]: record for record in found[1:]}
+        for arm in arms:
+            if arm.name in done and done[arm.name]["steering"] != _digest(arm):
+                raise ValueError(f"{str(files_out)!r} has {arm.name!r} with another steering; write elsewhere")
+        left = [arm for arm in arms if arm.name not in done]
+        with tqdm(
+            total=len(arms), initial=len(arms) - len(left), unit="arm", desc="choices", disable=not progress
+        ) as bar:
+            for arm in left:
+                record = {"arm": arm.name, "steering": _digest(arm)} | _read(lm, choices, plan, arm, rows)
+                files.append(file, [record])
+                done[arm.name] = record
+                bar.update()
+    return {
+        arm.name: {key: np.array(value, np.float64) for key, value in done[arm.name].items() if isinstance(value, list)}
+        for arm in arms
+    }
+
+
+def _digest(thing) -> str:
+    digest = hashlib.sha256()
+    if isinstance(thing, Arm):
+        for term in thing.steering.terms if thing.steering else ():
+            for array in (term.directions, term.value, term.active):
+                digest.update(np.ascontiguousarray(array).tobytes())
+    else:
+        digest.update(json.dumps(thing).encode())
+    return digest.hexdigest()[:16]
+
+
+def _plan(lm: LanguageModel, choices: Sequence[Choice]) -> list[tuple]:
+    """All readings, as (choice, reading, swapped, prompt's token ids, continuations), the short ones first."""
+    by_letter = {choice.id for choice in [choice for choice in choices if not choice.twin][::2]}
+    readings = [(i, "continuation", False) for i in range(len(choices))]
+    readings += [(i, "letter", swapped) for i, choice in enumerate(choices) for swapped in (False, True)
+                 if (choice.twin or choice.id) in by_letter]  # fmt: skip
+    questions, texts = zip(*(asked(choices[i], *how) for i, *how in readings), strict=True)
+    if lm.tokenizer.chat_template:
+        prompts = tokens_lib.encode(lm.tokenizer, [[{"role": "user", "content": question}] for question in questions])
+    else:
+        prompts = tokens_lib.encode(lm.tokenizer, [f"{question}\n\n" for question in questions])
+    plan = [(*reading, prompt, text) for reading, prompt, text in zip(readings, prompts, texts, strict=True)]
+    return sorted(plan, key=lambda row: (row[1], len(row[3])))
+
+
+def _read(lm: LanguageModel, choices: Sequence[Choice], plan: list[tuple], arm: Arm, rows: int) -> dict[str, list]:
+    n = len(choices)
+    wanted = [row for row in plan if arm.kind in ("none", "emotion") or not choices[row[0]].twin]
+    wanted = [row for row in wanted if row[1] != "letter" or arm.kind in ("none", "emotion", "random")]
+    odds = {reading: np.full((n, 2), np.nan) for reading in READINGS}
+    fluency, lengths = np.full(n, np.nan), np.zeros((n, 2))
+    for reading in READINGS:
+        of = [row for row in wanted if row[1] == reading]
+        for at in range(0, len(of), rows):
+            part = of[at : at + rows]
+            filled = part + [part[-1]] * (rows - len(part))
+            logprobs, counts = lm.continuations(
+                tokens_lib.pad([row[3] for row in filled]), [row[4] for row in filled], arm.steering
+            )
+            logprobs = np.asarray(logprobs, np.float64)
+            for (i, _, swapped, _, _), (this, that), count in zip(part, logprobs, counts, strict=False):
+                odds[reading][i, int(swapped)] = that - this
+                if reading == "continuation":
+                    odds[reading][i, 1] = that - this
+                    fluency[i], lengths[i] = (this + that) / count.sum(), count
+    found = {reading: odds[reading].mean(1) for reading in READINGS} | {"fluency": fluency}
+    numbers = {key: [None if np.isnan(x) else float(x) for x in values] for key, values in found.items()}
+    return numbers | {"lengths": lengths.tolist()}
+
+
+def judge(
+    name: str,
+    lm: LanguageModel,
+    choices: Sequence[Choice],
+    claims: Sequence[Claim],
+    arms: Sequence[Arm],
+    found: Mapping[str, Mapping[str, np.ndarray]],
+    strength: Any,
+) -> Result:
+    """Claim by claim, what the measurements say."""
+    places = {choice.id: i for i, choice in enumerate(choices)}
+    own = np.array([i for i, choice in enumerate(choices) if not choice.twin])
+    pairs = np.array([(places[choice.twin], i) for i, choice in enumerate(choices) if choice.twin], int).reshape(-1, 2)
+    plain = found["none"]
+    cost = {arm.name: np.nanmean(plain["fluency"][own] - found[arm.name]["fluency"][own]) for arm in arms}
+    dropped = {name for name, nats in cost.items() if nats > COHERENT}
+    longer = plain["lengths"] @ [-1, 1]  # how much longer `that` is
+
+    def slope(direction: str, reading: str, where: np.ndarray) -> np.ndarray | None:
+        mine = [arm for arm in arms if arm.direction == direction and arm.name not in dropped]
+        doses = [0.0, *(arm.dose for arm in mine)]
+        if min(doses) == 0 or max(doses) == 0:  # up and down, or what any push does would count
+            return None
+        values = np.stack([plain[reading][where]] + [found[arm.name][reading][where] for arm in mine])
+        return None if np.isnan(values).any() else statistics.slopes(doses, values)
+
+    rate, pressure, chance, detectable = {}, {}, {}, {}
+    effects: dict[tuple[str, str], statistics.Effect] = {}  # by reading and emotion
+    about: dict[tuple[str, str], tuple] = {}
+    emotions = dict.fromkeys(claim.emotion for claim in claims)
+    for reading in READINGS:
+        read = ~np.isnan(plain[reading])
+        here, twins = own[read[own]], pairs[read[pairs].all(1)]
+        rate[reading] = float((plain[reading][here] > 0).mean())
+        if len(twins):
+            pressure[reading] = statistics.interval(plain[reading][twins[:, 0]] - plain[reading][twins[:, 1]])
+        of = {
+            kind: [
+                slope(direction, reading, here)
+                for direction in dict.fromkeys(a.direction for a in arms if a.kind == kind)
+            ]
+            for kind in ("random", "matched", "irrelevant")
+        }
+        of = {kind: np.array([x for x in slopes if x is not None]) for kind, slopes in of.items()}
+        chance[reading] = {kind: float(np.sqrt((x.mean(1) ** 2).mean())) for kind, x in of.items() if len(x)}
+        enough = [kind for kind in ("random", "matched") if len(of[kind]) >= arms_lib.RANDOM]
+        detectable[reading] = float("nan")
+        if not enough:
+            continue
+        random = of[max(enough, key=lambda kind: chance[reading][kind])]  # the harder to beat
+        detectable[reading] = statistics.detectable(random, len(emotions) * len(READINGS))
+        for emotion in emotions:
+            if (slopes := slope(emotion, reading, here)) is None:
+                continue
+            effects[reading, emotion] = statistics.effect(slopes, random)
+            adjusted, there = None, slope(emotion, reading, twins[:, 1]) if len(twins) else None
+            if reading == "continuation" and np.ptp(longer[here]):
+                adjusted = float(scipy.stats.linregress(longer[here], slopes).intercept)
+            about[reading, emotion] = adjusted, None if there is None else statistics.interval(there)
+    p = statistics.holm({key: effect.p for key, effect in effects.items()})
+    rows = []
+    for reading in READINGS:
+        for claim in claims:
+            key, reason = (reading, claim.emotion), ""
+            effect = dataclasses.replace(effects[key], p=p[key]) if key in effects else None
+            if effect is None:
+                reason = "so much of the text fell apart that too few doses or random directions are left"
+            elif reading == "letter" and not 1 - SATURATED < rate[reading] < SATURATED:
+                reason = f"unsteered, {rate[reading]:.0%} of the choices are above zero"
+            said = f"uninformative: {reason}" if reason or effect is None else statistics.verdict(effect, claim.sign)
+            rows.append(Row(claim, reading, effect, *about.get(key, (None, None)), said))
+    return Result(name, lm.source or lm.config.family, len(own), str(strength), tuple(rows), rate, pressure, chance, detectable,
+                  tuple(sorted(dropped)))  # fmt: skip
+
+
+def study(
+    name: str,
+    lm: LanguageModel,
+    vectors: EmotionVectors,
+    choices: Sequence[Choice],
+    claims: Sequence[Claim],
+    out: str | os.PathLike,
+    irrelevant: EmotionVectors | None = None,
+    layers: Sequence[int] | None = None,
+    strength: float | None = None,  # of emotions and random directions alike, instead of calibrating
+    random: int = arms_lib.RANDOM,
+    progress: bool = True,
+) -> Result:
+    """Calibrate, measure and judge; the measurements are kept in `out`/NAME.jsonl and the result in `out`/NAME.json and .txt."""
+    place = pathlib.Path(out)
+    place.mkdir(parents=True, exist_ok=True)
+    layers = arms_lib.band(lm.config.n_layers) if layers is None else tuple(layers)
+    emotions = tuple(dict.fromkeys(claim.emotion for claim in claims))
+    if strength is None:
+        chosen = arms_lib.calibrate(lm, vectors, emotions, layers)
+    else:
+        chosen = arms_lib.Strength(strength, strength, layers)
+    arms = arms_lib.make(vectors, emotions, chosen, irrelevant, random=random)
+    measured = measure(lm, choices, arms, place / f"{name}.jsonl", progress=progress)
+    result = judge(name, lm, choices, claims, arms, measured, chosen)
+    files.write_atomically(place / f"{name}.txt", f"{result}\n".encode())
+    files.write_atomically(place / f"{name}.json", (json.dumps(dataclasses.asdict(result), indent=1) + "\n").encode())
+    return result
