@@ -63,7 +63,7 @@ def main() -> None:
     result = {
         "model": args.model,
         "corpus": args.corpus,
-        "said": done.stdout.strip().splitlines(),
+        "said": done.stdout.replace(f"{place}/", "").strip().splitlines(),
         "seconds": round(seconds, 1),
         "kills": kills,
         "restarts from a checkpoint": taken_up,

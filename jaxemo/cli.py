@@ -220,7 +220,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("-o", "--out", help="page to write its figures on")
 
     sub = command("study", _study, "ask what a model does when a direction is turned up and down, beside controls")
-    sub.add_argument("study", help="forced-choice, dilemma, sycophancy, harshness, or all")
+    sub.add_argument("study", help="forced-choice, dilemma, sycophancy, harshness, preference, prediction, or all")
     model(sub)
     sub.add_argument("--vectors", required=True, help="file made by `jaxemo extract`")
     sub.add_argument("--layers", type=_numbers, help="layers to steer, for example 15-25 (a band past the middle)")
@@ -528,7 +528,7 @@ def _sweep(args):
 def _study(args):
     from jaxemo.studies import battery
 
-    names = tuple(battery.STUDIES) if args.study == "all" else (args.study,)
+    names = None if args.study == "all" else (args.study,)
     vectors, lm = _vectors(args, "steering"), _load(args)
     for result in battery.run(lm, vectors, args.out, names, args.layers, args.strength):
         print(f"\n{result}")

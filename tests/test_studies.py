@@ -238,9 +238,9 @@ def test_rollouts_have_the_power_they_are_said_to_have():
 # ---- what is shipped -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", list(battery.STUDIES))
+@pytest.mark.parametrize("name", list(battery.CHOICES))
 def test_shipped_choices_come_with_twins_and_options_alike_on_their_face(name):
-    make, claims = battery.STUDIES[name]
+    make, claims = battery.CHOICES[name]
     made = make()
     own, twins = [c for c in made if not c.twin], [c for c in made if c.twin]
     assert len({c.id for c in made}) == len(made) == 2 * len(own) and [c.twin for c in twins] == [c.id for c in own]

@@ -3,68 +3,77 @@
 import os
 import pathlib
 from collections.abc import Sequence
+from typing import Any
 
 from jaxemo import files
 from jaxemo.emotions.vectors import EmotionVectors
 from jaxemo.language_model import LanguageModel
-from jaxemo.studies import arms, choices, dilemma, forced_choice, sycophancy
-from jaxemo.studies.choices import Result
+from jaxemo.studies import arms, choices, dilemma, forced_choice, prediction, preference, sycophancy
 
-STUDIES = {  # the name, what makes its choices, and its claims
+CHOICES = {  # the name, what makes its choices, and its claims
     "forced-choice": (forced_choice.choices, forced_choice.CLAIMS),
     "dilemma": (dilemma.choices, dilemma.CLAIMS),
     "sycophancy": (sycophancy.choices, sycophancy.CLAIMS),
     "harshness": (sycophancy.harsh_choices, sycophancy.HARSH_CLAIMS),
 }
+STUDIES = (*CHOICES, "preference", "prediction")
 
 
 def run(
     lm: LanguageModel,
     vectors: EmotionVectors,
     out: str | os.PathLike,
-    names: Sequence[str] = tuple(STUDIES),
+    names: Sequence[str] | None = None,
     layers: Sequence[int] | None = None,
     strength: float | None = None,
     progress: bool = True,
-) -> list[Result]:
-    """Run the studies `names`; measurements and results are kept in the directory `out`, where a killed run is taken up again.
+) -> list[Any]:
+    """Run the studies `names`, by default all that fit the model (prediction needs a chat template).
 
-    The irrelevant directions are made first, from the starter corpus, and kept there too. Raises ValueError for an unknown study.
+    Measurements and results are kept in the directory `out`, where a killed run is taken up again; the irrelevant directions, made
+    first from the starter corpus, too. Raises ValueError for an unknown study.
     """
+    if names is None:
+        names = [name for name in STUDIES if name != "prediction" or lm.tokenizer.chat_template]
     if unknown := [name for name in names if name not in STUDIES]:
         raise ValueError(f"unknown study {unknown[0]!r}; there are {', '.join(STUDIES)}")
     place = pathlib.Path(out)
     place.mkdir(parents=True, exist_ok=True)
     layers = arms.band(lm.config.n_layers) if layers is None else tuple(layers)
-    path = place / "irrelevant.safetensors"
-    if path.exists():
-        irrelevant = EmotionVectors.load(path)
-        if irrelevant.made_for != vectors.made_for or not set(layers) <= set(irrelevant.layers):
-            raise ValueError(f"{str(path)!r} is of another model or other layers; write elsewhere")
-    else:
-        irrelevant = arms.irrelevant(lm, layers=layers, progress=progress)
-        irrelevant.save(path)
+    irrelevant = (
+        _irrelevant(lm, place / "irrelevant.safetensors", layers, progress) if set(names) & set(CHOICES) else None
+    )
     results = []
     for name in names:
-        make, claims = STUDIES[name]
-        results.append(
-            choices.study(name, lm, vectors, make(), claims, out, irrelevant, layers, strength, progress=progress)
-        )
-    files.write_atomically(place / "summary.txt", f"{summary(results)}\n".encode())
+        if name in CHOICES:
+            make, claims = CHOICES[name]
+            found = choices.study(
+                name, lm, vectors, make(), claims, out, irrelevant, layers, strength, progress=progress
+            )
+        elif name == "preference":
+            found = preference.study(lm, vectors, out, layers=layers, strength=strength, progress=progress)
+        else:
+            found = prediction.study(lm, vectors, out, progress=progress)
+        results.append(found)
+        files.write_atomically(place / "summary.txt", f"{summary(results)}\n".encode())
     return results
 
 
-def summary(results: Sequence[Result]) -> str:
-    """A line for each claim and reading: effect, interval, p against random directions, verdict."""
-    lines = ["claim".ljust(36) + "read by".ljust(14) + "effect [95 %]".ljust(28) + "p".ljust(9) + "verdict"]
+def _irrelevant(lm, path, layers, progress) -> EmotionVectors:
+    if not path.exists():
+        arms.irrelevant(lm, layers=layers, progress=progress).save(path)
+    found = EmotionVectors.load(path)
+    if found.made_for != lm.config.outline or not set(layers) <= set(found.layers):
+        raise ValueError(f"{str(path)!r} is of another model or other layers; write elsewhere")
+    return found
+
+
+def summary(results: Sequence[Any]) -> str:
+    """A line for each claim and how it was read: effect, p against chance, verdict."""
+    lines = []
     for result in results:
-        lines.append(f"{result.name}: {result.items} situations, {result.strength}")
-        for row in result.rows:
-            effect, p = "not measured", ""
-            if row.effect is not None:
-                effect = f"{row.effect.mean:+.3f} [{row.effect.low:+.3f}, {row.effect.high:+.3f}]"
-                p = f"{row.effect.p:.2g}"
-            lines.append(
-                f"  {row.claim.text}".ljust(36) + row.reading.ljust(14) + effect.ljust(28) + p.ljust(9) + row.verdict
-            )
+        heading, _, _ = str(result).partition("\n")
+        lines.append(heading)
+        for claim, read_by, effect, p, verdict in result.table():
+            lines.append(f"  {claim}: {verdict}\n    by {read_by}: {effect}" + f", p = {p}" * bool(p))
     return "\n".join(lines)

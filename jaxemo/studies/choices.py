@@ -2,7 +2,8 @@
 
 Each choice is read as a *continuation*: the log-probability of the one answer less that of the other, in the assistant's own turn. And
 every second one also by *letter*: both are listed in the question, in both orders, and the letters' log-odds are averaged, so that
-neither place nor letter counts; that takes three times as long, and costly or irrelevant directions are spared it. Both options are read under the same steering, or the difference would be the push itself.
+neither place nor letter counts; that takes three times as long, and matched and irrelevant directions are spared it. Both options are
+read under the same steering, or the difference would be the push itself.
 """
 
 import dataclasses
@@ -15,20 +16,17 @@ from typing import Any
 
 import numpy as np
 import scipy.stats
-from tqdm import tqdm
 
 from jaxemo import files, params
 from jaxemo import tokens as tokens_lib
 from jaxemo.emotions.vectors import EmotionVectors
 from jaxemo.language_model import LanguageModel
 from jaxemo.studies import arms as arms_lib
-from jaxemo.studies import statistics
+from jaxemo.studies import statistics, store
 from jaxemo.studies.arms import Arm
 
 READINGS = ("continuation", "letter")
-COHERENT = (
-    0.5  # nats that a token of the options may cost more than unsteered, on average; a dose that costs more is dropped
-)
+COHERENT = 0.5  # nats that a token of the options may cost more than unsteered; a dose that costs more is dropped
 SATURATED = 0.95  # where as many unsteered choices fall on one side, there is no room for a rate to move
 
 
@@ -83,6 +81,14 @@ class Result:
     detectable: dict[str, float]
     dropped: tuple[str, ...]
 
+    def table(self) -> list[tuple[str, str, str, str, str]]:
+        """Claim, how it was read, effect, p and verdict, as text."""
+        return [
+            (row.claim.text, row.reading, row.effect.interval if row.effect else "not measured",
+             f"{row.effect.p:.2g}" if row.effect else "", row.verdict)
+            for row in self.rows
+        ]  # fmt: skip
+
     def __str__(self) -> str:
         lines = [f"{self.name} on {self.model}: {self.items} situations; {self.strength}"]
         for reading in READINGS:
@@ -124,48 +130,15 @@ def measure(
     `out` is a JSONL file with a line for each arm; the same call goes on where a
     killed one was. Raises ValueError for an `out` of other choices, weights or steering.
     """
-    arms, files_out = list(arms), pathlib.Path(out)
-    files.check_writable(files_out)
-    plan = _plan(lm, choices)
-    with open(files_out, "a+b") as file:
-        files.lock(file, files_out)
-        by = {
-            "weights": params.fingerprint(lm.params)[:16],
-            "choices": _digest([dataclasses.astuple(c) for c in choices]),
-        }
-        found = files.records(file, files_out, "a study", [b'{"study": ', b'{"arm": '])
-        if not found:
-            files.append(file, [{"study": by}])
-        elif found[0].get("study") != by:
-            raise ValueError(f"{str(files_out)!r} is of other choices or weights; write elsewhere")
-        done = {record["arm"]: record for record in found[1:]}
-        for arm in arms:
-            if arm.name in done and done[arm.name]["steering"] != _digest(arm):
-                raise ValueError(f"{str(files_out)!r} has {arm.name!r} with another steering; write elsewhere")
-        left = [arm for arm in arms if arm.name not in done]
-        with tqdm(
-            total=len(arms), initial=len(arms) - len(left), unit="arm", desc="choices", disable=not progress
-        ) as bar:
-            for arm in left:
-                record = {"arm": arm.name, "steering": _digest(arm)} | _read(lm, choices, plan, arm, rows)
-                files.append(file, [record])
-                done[arm.name] = record
-                bar.update()
+    plan, of = _plan(lm, choices), {arm.name: arm for arm in arms}
+    which = hashlib.sha256(json.dumps([dataclasses.astuple(choice) for choice in choices]).encode()).hexdigest()[:16]
+    by = {"weights": params.fingerprint(lm.params)[:16], "choices": which}
+    found = store.measure(out, by, {name: arm.steering for name, arm in of.items()},
+                          lambda name: _read(lm, choices, plan, of[name], rows), progress)  # fmt: skip
     return {
-        arm.name: {key: np.array(value, np.float64) for key, value in done[arm.name].items() if isinstance(value, list)}
-        for arm in arms
+        name: {key: np.array(record[key], np.float64) for key in (*READINGS, "fluency", "lengths")}
+        for name, record in found.items()
     }
-
-
-def _digest(thing) -> str:
-    digest = hashlib.sha256()
-    if isinstance(thing, Arm):
-        for term in thing.steering.terms if thing.steering else ():
-            for array in (term.directions, term.value, term.active):
-                digest.update(np.ascontiguousarray(array).tobytes())
-    else:
-        digest.update(json.dumps(thing).encode())
-    return digest.hexdigest()[:16]
 
 
 def _plan(lm: LanguageModel, choices: Sequence[Choice]) -> list[tuple]:
@@ -203,9 +176,8 @@ def _read(lm: LanguageModel, choices: Sequence[Choice], plan: list[tuple], arm: 
                 if reading == "continuation":
                     odds[reading][i, 1] = that - this
                     fluency[i], lengths[i] = (this + that) / count.sum(), count
-    found = {reading: odds[reading].mean(1) for reading in READINGS} | {"fluency": fluency}
-    numbers = {key: [None if np.isnan(x) else float(x) for x in values] for key, values in found.items()}
-    return numbers | {"lengths": lengths.tolist()}
+    found = {reading: store.numbers(odds[reading].mean(1)) for reading in READINGS}
+    return found | {"fluency": store.numbers(fluency), "lengths": lengths.tolist()}
 
 
 def judge(

@@ -28,8 +28,12 @@ class Effect:
     p: float
     rank: float
 
+    @property
+    def interval(self) -> str:
+        return f"{self.mean:+.3f} [{self.low:+.3f}, {self.high:+.3f}]"
+
     def __str__(self) -> str:
-        return f"{self.mean:+.3f} [{self.low:+.3f}, {self.high:+.3f}], p = {self.p:.2g}"
+        return f"{self.interval}, p = {self.p:.2g}"
 
 
 def slopes(doses: Sequence[float], values: np.ndarray) -> np.ndarray:
@@ -50,7 +54,8 @@ def effect(x: np.ndarray, random: np.ndarray) -> Effect:
         raise ValueError(f"random directions {random.shape}: at least 20 are needed to judge an effect by")
     mean, low, high = interval(x)
     chance = random.mean(1)
-    p = 2 * scipy.stats.t.sf(abs(mean) / math.sqrt((chance**2).mean()), len(chance))
+    scale = math.sqrt((chance**2).mean())
+    p = 2 * scipy.stats.t.sf(abs(mean) / scale, len(chance)) if scale else float(mean == 0)  # nothing ever moves
     rank = (1 + int((np.abs(chance) >= abs(mean)).sum())) / (1 + len(chance))
     return Effect(mean, low, high, len(x), float(p), rank)
 

@@ -1,0 +1,61 @@
+"""What a study measured so far: a JSONL file with a line for each arm, which a killed run goes on with."""
+
+import hashlib
+import os
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from jaxemo import files
+from jaxemo.steering import Steering
+
+
+def measure(
+    out: str | os.PathLike,
+    by: Mapping[str, Any],
+    steerings: Mapping[str, Steering | None],
+    one: Callable[[str], dict[str, Any]],
+    progress: bool = True,
+) -> dict[str, dict[str, Any]]:
+    """`one(arm)` of every arm that `out` does not hold yet; all arms' records.
+
+    `by` says what was measured on. Raises ValueError for an `out` of another `by` or with an arm of another steering, and
+    BlockingIOError for one that is being written.
+    """
+    files.check_writable(out)
+    with open(out, "a+b") as file:
+        files.lock(file, out)
+        found = files.records(file, out, "a study", [b'{"study": ', b'{"arm": '])
+        if not found:
+            files.append(file, [{"study": dict(by)}])
+        elif found[0].get("study") != dict(by):
+            raise ValueError(f"{os.fspath(out)!r} is of other choices or weights; write elsewhere")
+        done = {record["arm"]: record for record in found[1:]}
+        for name, steering in steerings.items():
+            if name in done and done[name]["steering"] != fingerprint(steering):
+                raise ValueError(f"{os.fspath(out)!r} has {name!r} with another steering; write elsewhere")
+        left = [name for name in steerings if name not in done]
+        with tqdm(
+            total=len(steerings), initial=len(steerings) - len(left), unit="arm", desc="arms", disable=not progress
+        ) as bar:
+            for name in left:
+                done[name] = {"arm": name, "steering": fingerprint(steerings[name])} | one(name)
+                files.append(file, [done[name]])
+                bar.update()
+    return {name: done[name] for name in steerings}
+
+
+def fingerprint(steering: Steering | None) -> str:
+    digest = hashlib.sha256()
+    for term in steering.terms if steering else ():
+        digest.update(repr((term.kind, term.tokens)).encode())
+        for array in (term.directions, term.value, term.active):
+            digest.update(np.ascontiguousarray(array).tobytes())
+    return digest.hexdigest()[:16]
+
+
+def numbers(array: np.ndarray) -> list[float | None]:
+    """For JSON, which has no NaN."""
+    return [None if np.isnan(x) else float(x) for x in array]
