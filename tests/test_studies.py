@@ -183,6 +183,30 @@ def test_controls_are_as_long_as_what_they_control(vectors):
             np.testing.assert_allclose(length, [0, 0.6, 0.6], atol=1e-6)
 
 
+def test_studies_are_run_by_name_and_summed_up(lm, vectors, situations, tmp_path, monkeypatch):
+    L, D = lm.config.n_layers, lm.config.d_model
+    made = []
+
+    def irrelevant(lm, layers, progress, outline=lm.config.outline):
+        made.append(layers)
+        topics = {f"topic {i}": np.random.default_rng(i).standard_normal((L, D)) for i in range(3)}
+        return jaxemo.EmotionVectors.from_directions(topics, np.full(L, 3.0), {"made_for": outline})
+
+    monkeypatch.setattr(arms, "irrelevant", irrelevant)
+    monkeypatch.setattr(battery, "CHOICES", {"forced-choice": (lambda: situations, CLAIMS)})
+    for _ in range(2):
+        (result,) = battery.run(lm, vectors, tmp_path, ["forced-choice"], (LAST,), 0.1, progress=False)
+    assert made == [(LAST,)], "the irrelevant directions are made once"
+    text = (tmp_path / "summary.txt").read_text()
+    assert "more planted, more of that: replicates\n    by continuation: +" in text and "does not replicate" in text
+    assert set(result.chance["continuation"]) == {"random", "irrelevant"}
+    with pytest.raises(ValueError, match="unknown study 'blackmail'; there are forced-choice, dilemma"):
+        battery.run(lm, vectors, tmp_path, ["blackmail"])
+    irrelevant(lm, (LAST,), False, "another model").save(tmp_path / "irrelevant.safetensors")
+    with pytest.raises(ValueError, match="of another model or other layers"):
+        battery.run(lm, vectors, tmp_path, ["forced-choice"], (LAST,), 0.1, progress=False)
+
+
 # ---- statistics ----------------------------------------------------------------------------------------------------------
 
 

@@ -43,18 +43,17 @@ def run(
     irrelevant = (
         _irrelevant(lm, place / "irrelevant.safetensors", layers, progress) if set(names) & set(CHOICES) else None
     )
-    results = []
+    results: list[Any] = []
     for name in names:
         if name in CHOICES:
             make, claims = CHOICES[name]
-            found = choices.study(
-                name, lm, vectors, make(), claims, out, irrelevant, layers, strength, progress=progress
+            results.append(
+                choices.study(name, lm, vectors, make(), claims, out, irrelevant, layers, strength, progress=progress)
             )
         elif name == "preference":
-            found = preference.study(lm, vectors, out, layers=layers, strength=strength, progress=progress)
+            results.append(preference.study(lm, vectors, out, layers=layers, strength=strength, progress=progress))
         else:
-            found = prediction.study(lm, vectors, out, progress=progress)
-        results.append(found)
+            results.append(prediction.study(lm, vectors, out, progress=progress))
         files.write_atomically(place / "summary.txt", f"{summary(results)}\n".encode())
     return results
 

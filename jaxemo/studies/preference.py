@@ -197,17 +197,15 @@ def study(
     ]
 
     def one(name: str) -> dict:
-        arm = arms[name]
-        if arm.steering is None:
+        steering = arms[name].steering
+        if steering is None:
             every = [(texts[a], texts[b]) for a in range(n) for b in range(n) if a != b]
             return {"all": odds(lm, every).tolist(), "odds": odds(lm, pairs).tolist()}
-
-        def where(span, arm=arm):
-            return dataclasses.replace(
-                arm.steering, terms=tuple(dataclasses.replace(t, tokens=span) for t in arm.steering.terms)
-            )
-
-        return {"odds": odds(lm, pairs, [where(span) for span in at]).tolist()}
+        there = [
+            dataclasses.replace(steering, terms=tuple(dataclasses.replace(t, tokens=span) for t in steering.terms))
+            for span in at
+        ]
+        return {"odds": odds(lm, pairs, there).tolist()}
 
     by = {"weights": params.fingerprint(lm.params)[:16], "activities": texts, "seed": seed}
     found = store.measure(
