@@ -147,7 +147,7 @@ def _plan(lm: LanguageModel, choices: Sequence[Choice]) -> list[tuple]:
     readings = [(i, "continuation", False) for i in range(len(choices))]
     readings += [(i, "letter", swapped) for i, choice in enumerate(choices) for swapped in (False, True)
                  if (choice.twin or choice.id) in by_letter]  # fmt: skip
-    questions, texts = zip(*(asked(choices[i], *how) for i, *how in readings), strict=True)
+    questions, texts = zip(*(asked(choices[i], reading, swapped) for i, reading, swapped in readings), strict=True)
     if lm.tokenizer.chat_template:
         prompts = tokens_lib.encode(lm.tokenizer, [[{"role": "user", "content": question}] for question in questions])
     else:
@@ -167,11 +167,10 @@ def _read(lm: LanguageModel, choices: Sequence[Choice], plan: list[tuple], arm: 
         for at in range(0, len(of), rows):
             part = of[at : at + rows]
             filled = part + [part[-1]] * (rows - len(part))
-            logprobs, counts = lm.continuations(
-                tokens_lib.pad([row[3] for row in filled]), [row[4] for row in filled], arm.steering
-            )
-            logprobs = np.asarray(logprobs, np.float64)
-            for (i, _, swapped, _, _), (this, that), count in zip(part, logprobs, counts, strict=False):
+            batch, texts = tokens_lib.pad([row[3] for row in filled]), [row[4] for row in filled]
+            logprobs, counts = lm.continuations(batch, texts, arm.steering)
+            both = np.asarray(logprobs, np.float64)
+            for (i, _, swapped, _, _), (this, that), count in zip(part, both, counts, strict=False):
                 odds[reading][i, int(swapped)] = that - this
                 if reading == "continuation":
                     odds[reading][i, 1] = that - this
@@ -216,14 +215,11 @@ def judge(
         rate[reading] = float((plain[reading][here] > 0).mean())
         if len(twins):
             pressure[reading] = statistics.interval(plain[reading][twins[:, 0]] - plain[reading][twins[:, 1]])
-        of = {
-            kind: [
-                slope(direction, reading, here)
-                for direction in dict.fromkeys(a.direction for a in arms if a.kind == kind)
-            ]
-            for kind in ("random", "matched", "irrelevant")
-        }
-        of = {kind: np.array([x for x in slopes if x is not None]) for kind, slopes in of.items()}
+        of = {}
+        for kind in ("random", "matched", "irrelevant"):
+            directions = dict.fromkeys(arm.direction for arm in arms if arm.kind == kind)
+            found_of = [slope(direction, reading, here) for direction in directions]
+            of[kind] = np.array([x for x in found_of if x is not None])
         chance[reading] = {kind: float(np.sqrt((x.mean(1) ** 2).mean())) for kind, x in of.items() if len(x)}
         enough = [kind for kind in ("random", "matched") if len(of[kind]) >= arms_lib.RANDOM]
         detectable[reading] = float("nan")
@@ -250,7 +246,8 @@ def judge(
             elif reading == "letter" and not 1 - SATURATED < rate[reading] < SATURATED:
                 reason = f"unsteered, {rate[reading]:.0%} of the choices are above zero"
             said = f"uninformative: {reason}" if reason or effect is None else statistics.verdict(effect, claim.sign)
-            rows.append(Row(claim, reading, effect, *about.get(key, (None, None)), said))
+            adjusted, twin = about.get(key, (None, None))
+            rows.append(Row(claim, reading, effect, adjusted, twin, said))
     return Result(name, lm.source or lm.config.family, len(own), str(strength), tuple(rows), rate, pressure, chance, detectable,
                   tuple(sorted(dropped)))  # fmt: skip
 
