@@ -88,7 +88,7 @@ def test_scores_of_the_prompt_and_log_probabilities_of_words(lm, vectors, condit
 
 def test_a_text_depends_on_nothing_that_shares_the_loop(lm, vectors, conditions):
     """Bit for bit: in another order, beside other jobs, and when only a part is left to do."""
-    how = {"samples": 3, "temperature": 1.0, "top_p": 0.9, "read": vectors, "stop": ["e", "t"]}
+    how = {"samples": 3, "temperature": 1.0, "top_p": 0.9, "read": vectors, "stop": list("etaoinsh")}
     whole = sweep(lm, conditions, **how)
     assert len(set(whole.lengths.ravel().tolist())) > 5, "rows end at different times"
     backwards = sweep(lm, dict(reversed(conditions.items())), **how)
