@@ -98,13 +98,4 @@ def run(m, job, ids, vectors):
     return {"tokens": tokens} | ({"scores": torch.cat(kept[: job.new], dim=1)} if job.read else {})
 
 
-def generate(m, job):
-    return run(m, job, job.ids, job.vectors)
-
-
-def sweep(m, job):
-    if m.how == "skilled":
-        rows = [run(m, job, ids, vectors)["tokens"] for ids, vectors in t.flattened(job)]
-    else:
-        rows = [run(m, job, ids[None], vector[None])["tokens"] for vector in job.vectors for ids in job.ids]
-    return {"tokens": torch.cat(rows).reshape(len(job.vectors), len(job.ids), job.new)}
+generate, sweep = t.works(run)

@@ -2,7 +2,6 @@
 row (`set_raw_control`) and writes the loop. The library reads nothing: both read with a forward hook."""
 
 import numpy as np
-import torch
 from repeng import ControlModel, ControlVector
 
 from peers import torch_ as t
@@ -44,13 +43,4 @@ def prefill(m, job):
     return {"logits": m.control(job.ids, use_cache=False).logits[:, -1]}
 
 
-def generate(m, job):
-    return run(m, job, job.ids, job.vectors)
-
-
-def sweep(m, job):
-    if m.how == "skilled":
-        rows = [run(m, job, ids, vectors)["tokens"] for ids, vectors in t.flattened(job)]
-    else:
-        rows = [run(m, job, ids[None], vector[None])["tokens"] for vector in job.vectors for ids in job.ids]
-    return {"tokens": torch.cat(rows).reshape(len(job.vectors), len(job.ids), job.new)}
+generate, sweep = t.works(run)

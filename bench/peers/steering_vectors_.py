@@ -2,7 +2,6 @@
 prompts of a condition together, and gives every row its own vector through the library's `operator`. The library reads nothing: both
 read with a forward hook."""
 
-import torch
 from steering_vectors import SteeringVector
 
 from peers import torch_ as t
@@ -34,13 +33,4 @@ def prefill(m, job):
     return {"logits": m.model(job.ids, use_cache=False).logits[:, -1]}
 
 
-def generate(m, job):
-    return run(m, job, job.ids, job.vectors)
-
-
-def sweep(m, job):
-    if m.how == "skilled":
-        rows = [run(m, job, ids, vectors)["tokens"] for ids, vectors in t.flattened(job)]
-    else:
-        rows = [run(m, job, ids[None], vector[None])["tokens"] for vector in job.vectors for ids in job.ids]
-    return {"tokens": torch.cat(rows).reshape(len(job.vectors), len(job.ids), job.new)}
+generate, sweep = t.works(run)

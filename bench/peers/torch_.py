@@ -169,3 +169,20 @@ def flattened(job):
     row = torch.arange(C * P, device=job.ids.device)
     for part in row.split(job.batch):
         yield job.ids[part % P], job.vectors[part // P]
+
+
+def works(run):
+    """`generate` and `sweep` of a contender from its `run(m, job, ids, vectors)`: a user's sweep is a loop over conditions and prompts,
+    a skilled one's is in full batches of rows with a vector each."""
+
+    def generate(m, job):
+        return run(m, job, job.ids, job.vectors)
+
+    def sweep(m, job):
+        if m.how == "skilled":
+            rows = [run(m, job, ids, vectors)["tokens"] for ids, vectors in flattened(job)]
+        else:
+            rows = [run(m, job, ids[None], vector[None])["tokens"] for vector in job.vectors for ids in job.ids]
+        return {"tokens": torch.cat(rows).reshape(len(job.vectors), len(job.ids), job.new)}
+
+    return generate, sweep

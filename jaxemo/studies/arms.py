@@ -1,8 +1,8 @@
 """What a study does to a model: emotions turned up and down, beside controls that push as hard.
 
-The controls are random directions: of the same length, and of the length that costs a neutral text as much (where a model's residual
-stream is long in a few directions only, a random one of the same length costs it far more); and directions that are as much at home
-in the model but of no emotion: the topics of the same stories, and labels that were dealt out to them by chance.
+The controls are random directions: of the same length, and of the length that costs a neutral text as much (on Gemma 3 270M a random
+one of the same length costs far more); and directions that are as much at home in the model but of no emotion: the topics of the same
+stories, and labels that were dealt out to them by chance.
 """
 
 import dataclasses
@@ -89,6 +89,18 @@ def make(
     for kind, mark, of, names, amounts, s in groups:
         arms += [Arm(kind, name + mark, d, of.steer(name, d * s, strength.layers)) for name in names for d in amounts]
     return arms
+
+
+def chosen(
+    lm: LanguageModel,
+    vectors: EmotionVectors,
+    emotions: Sequence[str],
+    layers: Sequence[int] | None,
+    strength: float | None,
+) -> Strength:
+    """The layers, by default `band`'s, and the strength: the one given, for random directions too, or the largest in the budget."""
+    layers = band(lm.config.n_layers) if layers is None else tuple(layers)
+    return calibrate(lm, vectors, emotions, layers) if strength is None else Strength(strength, strength, layers)
 
 
 def calibrate(

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import scipy.stats
 
-from jaxemo import files, params
+from jaxemo import params
 from jaxemo import tokens as tokens_lib
 from jaxemo.emotions.vectors import EmotionVectors
 from jaxemo.language_model import LanguageModel
@@ -67,8 +67,8 @@ class Row:
 @dataclasses.dataclass(frozen=True)
 class Result:
     """A study of one model. By reading: `rate`, the share of unsteered situations in which the log-odds are above zero; `pressure`, how
-    much higher they are than in the twins (mean and 95 % interval); `chance`, the root mean square effect of "random" and of "irrelevant"
-    directions; `detectable`, the effect found with a power of 80 %. `dropped` are the doses that cost the options too much."""
+    much higher they are than in the twins (mean and 95 % interval); `chance`, the root mean square effect of "random", "matched" and
+    "irrelevant" directions; `detectable`, the effect found with a power of 80 %. `dropped` are the doses that cost the options too much."""
 
     name: str
     model: str
@@ -116,6 +116,13 @@ def asked(choice: Choice, reading: str, swapped: bool = False) -> tuple[str, lis
     return question, ["B", "A"] if swapped else ["A", "B"]
 
 
+def ask(lm: LanguageModel, questions: Sequence[str]) -> list:
+    """Token ids up to where the answer begins; for a model without a chat template, that of a text that goes on after the question."""
+    if lm.tokenizer.chat_template:
+        return tokens_lib.encode(lm.tokenizer, [[{"role": "user", "content": question}] for question in questions])
+    return tokens_lib.encode(lm.tokenizer, [f"{question}\n\n" for question in questions])
+
+
 def measure(
     lm: LanguageModel,
     choices: Sequence[Choice],
@@ -127,8 +134,8 @@ def measure(
     """For every arm: the log-odds `[n]` of `that` over `this` by each reading, the mean log-probability `[n]` of a token of the
     options, and their lengths `[n, 2]`. NaN is what was not read: twins are read under "none" and emotions alone.
 
-    `out` is a JSONL file with a line for each arm; the same call goes on where a
-    killed one was. Raises ValueError for an `out` of other choices, weights or steering.
+    `out` is a JSONL file with a line for each arm; the same call goes on where a killed one was. Raises ValueError for an `out` of
+    other choices, weights or steering.
     """
     plan, of = _plan(lm, choices), {arm.name: arm for arm in arms}
     which = hashlib.sha256(json.dumps([dataclasses.astuple(choice) for choice in choices]).encode()).hexdigest()[:16]
@@ -148,10 +155,7 @@ def _plan(lm: LanguageModel, choices: Sequence[Choice]) -> list[tuple]:
     readings += [(i, "letter", swapped) for i, choice in enumerate(choices) for swapped in (False, True)
                  if (choice.twin or choice.id) in by_letter]  # fmt: skip
     questions, texts = zip(*(asked(choices[i], reading, swapped) for i, reading, swapped in readings), strict=True)
-    if lm.tokenizer.chat_template:
-        prompts = tokens_lib.encode(lm.tokenizer, [[{"role": "user", "content": question}] for question in questions])
-    else:
-        prompts = tokens_lib.encode(lm.tokenizer, [f"{question}\n\n" for question in questions])
+    prompts = ask(lm, questions)
     plan = [(*reading, prompt, text) for reading, prompt, text in zip(readings, prompts, texts, strict=True)]
     return sorted(plan, key=lambda row: (row[1], len(row[3])))
 
@@ -268,15 +272,10 @@ def study(
     """Calibrate, measure and judge; the measurements are kept in `out`/NAME.jsonl and the result in `out`/NAME.json and .txt."""
     place = pathlib.Path(out)
     place.mkdir(parents=True, exist_ok=True)
-    layers = arms_lib.band(lm.config.n_layers) if layers is None else tuple(layers)
     emotions = tuple(dict.fromkeys(claim.emotion for claim in claims))
-    if strength is None:
-        chosen = arms_lib.calibrate(lm, vectors, emotions, layers)
-    else:
-        chosen = arms_lib.Strength(strength, strength, layers)
+    chosen = arms_lib.chosen(lm, vectors, emotions, layers, strength)
     arms = arms_lib.make(vectors, emotions, chosen, irrelevant, random=random)
     measured = measure(lm, choices, arms, place / f"{name}.jsonl", progress=progress)
     result = judge(name, lm, choices, claims, arms, measured, chosen)
-    files.write_atomically(place / f"{name}.txt", f"{result}\n".encode())
-    files.write_atomically(place / f"{name}.json", (json.dumps(dataclasses.asdict(result), indent=1) + "\n").encode())
+    store.save(result, place, name)
     return result

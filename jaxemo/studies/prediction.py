@@ -6,7 +6,6 @@ stories of the starter corpus. What the user's words alone predict is taken out 
 """
 
 import dataclasses
-import json
 import os
 import pathlib
 from collections.abc import Sequence
@@ -14,11 +13,11 @@ from collections.abc import Sequence
 import numpy as np
 import scipy.stats
 
-from jaxemo import files, grid, tokens
+from jaxemo import grid, tokens
 from jaxemo.emotions import classification, corpus, prompts
 from jaxemo.emotions.vectors import EmotionVectors
 from jaxemo.language_model import LanguageModel
-from jaxemo.studies import records, statistics
+from jaxemo.studies import records, statistics, store
 
 NEW_TOKENS = 80
 PERMUTATIONS = 2000
@@ -159,7 +158,5 @@ def study(
     result = Prediction(
         lm.source or lm.config.family, f"{tokens.BEFORE_ANSWER}, layer {vectors.layer}", len(items), words, **found
     )
-    files.write_atomically(place / "prediction.txt", f"{result}\n".encode())
-    as_lists = {key: x.tolist() if isinstance(x, np.ndarray) else x for key, x in dataclasses.asdict(result).items()}
-    files.write_atomically(place / "prediction.json", (json.dumps(as_lists, indent=1) + "\n").encode())
+    store.save(result, place, "prediction")
     return result

@@ -6,7 +6,6 @@ of one of the two activities alone, and what that does to its odds is set beside
 """
 
 import dataclasses
-import json
 import os
 import pathlib
 from collections.abc import Sequence
@@ -16,7 +15,7 @@ import scipy.optimize
 import scipy.special
 import scipy.stats
 
-from jaxemo import files, params
+from jaxemo import params
 from jaxemo import tokens as tokens_lib
 from jaxemo.emotions import corpus
 from jaxemo.emotions import statistics as correlation
@@ -24,7 +23,7 @@ from jaxemo.emotions.vectors import EmotionVectors
 from jaxemo.language_model import LanguageModel
 from jaxemo.steering import Steering
 from jaxemo.studies import arms as arms_lib
-from jaxemo.studies import records, statistics, store
+from jaxemo.studies import choices, records, statistics, store
 
 QUESTION = "Which of these two would you rather do?\nA: {}\nB: {}\nAnswer with one letter, A or B."
 OPPONENTS = 4  # of each steered activity, each met in both orders
@@ -114,10 +113,7 @@ def odds(
 
 
 def prompts(lm: LanguageModel, pairs: Sequence[tuple[str, str]]) -> list:
-    questions = [QUESTION.format(*pair) for pair in pairs]
-    if lm.tokenizer.chat_template:
-        return tokens_lib.encode(lm.tokenizer, [[{"role": "user", "content": question}] for question in questions])
-    return tokens_lib.encode(lm.tokenizer, [f"{question}\n\n" for question in questions])
+    return choices.ask(lm, [QUESTION.format(*pair) for pair in pairs])
 
 
 def place(lm: LanguageModel, ids: Sequence[int], activity: str) -> slice:
@@ -181,11 +177,7 @@ def study(
     place_of.mkdir(parents=True, exist_ok=True)
     items = list(activities or records("activities.jsonl"))
     texts, n = [item["text"] for item in items], len(items)
-    layers = arms_lib.band(lm.config.n_layers) if layers is None else tuple(layers)
-    if strength is None:
-        chosen = arms_lib.calibrate(lm, vectors, emotions, layers)
-    else:
-        chosen = arms_lib.Strength(strength, strength, layers)
+    chosen = arms_lib.chosen(lm, vectors, emotions, layers, strength)
     arms = {
         arm.name: arm for arm in arms_lib.make(vectors, emotions, chosen, doses=(-1.0, 1.0), random=random, seed=seed)
     }
@@ -220,9 +212,9 @@ def study(
 
     chats = [[{"role": "user", "content": text}] for text in texts] if lm.tokenizer.chat_template else list(texts)
     read = lm.read(chats, vectors, vectors.layer, tokens="user" if lm.tokenizer.chat_template else "all")
-    z = np.asarray(read.pooled, np.float64)
-    r = correlation.correlations(value, z)
-    best, p = correlation.best_match(value, z)
+    scores = np.asarray(read.pooled, np.float64)
+    r = correlation.correlations(value, scores)
+    best, p = correlation.best_match(value, scores)
 
     def own(name: str) -> np.ndarray:
         """The log-odds of the steered activity, averaged over both orders and its opponents, `[n]`."""
@@ -262,7 +254,5 @@ def study(
         lm.source or lm.config.family, tuple(texts), tuple(item["kind"] for item in items), value, low, high, first, vectors.names, r,
         best, p, str(chosen), effects, statistics.detectable(controls, len(effects)), across, verdicts,
     )  # fmt: skip
-    files.write_atomically(place_of / "preference.txt", f"{result}\n".encode())
-    as_lists = {key: x.tolist() if isinstance(x, np.ndarray) else x for key, x in dataclasses.asdict(result).items()}
-    files.write_atomically(place_of / "preference.json", (json.dumps(as_lists, indent=1) + "\n").encode())
+    store.save(result, place_of, "preference")
     return result

@@ -1,7 +1,11 @@
 """What a study measured so far: a JSONL file with a line for each arm, which a killed run goes on with."""
 
+import dataclasses
 import hashlib
+import json
+import math
 import os
+import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -54,6 +58,23 @@ def fingerprint(steering: Steering | None) -> str:
         for array in (term.directions, term.value, term.active):
             digest.update(np.ascontiguousarray(array).tobytes())
     return digest.hexdigest()[:16]
+
+
+def save(result: Any, out: str | os.PathLike, name: str) -> None:
+    """A study's result as text and as JSON, in the directory `out`."""
+
+    def plain(x):
+        if isinstance(x, np.ndarray):
+            return plain(x.tolist())
+        if isinstance(x, dict):
+            return {key: plain(value) for key, value in x.items()}
+        if isinstance(x, list | tuple):
+            return [plain(value) for value in x]
+        return None if isinstance(x, float) and math.isnan(x) else x
+
+    text = json.dumps(plain(dataclasses.asdict(result)), indent=1, allow_nan=False)
+    files.write_atomically(pathlib.Path(out) / f"{name}.txt", f"{result}\n".encode())
+    files.write_atomically(pathlib.Path(out) / f"{name}.json", f"{text}\n".encode())
 
 
 def numbers(array: np.ndarray) -> list[float | None]:
