@@ -1,8 +1,8 @@
 """Continuous batching: many jobs, each a prompt with its own steering and seed, through one compiled decode loop.
 
 Prompts are read a few at a time, sorted by length, and wait; a row that is done gives them its place inside the loop (see
-`generate.decode`). Jobs that differ in samples, or in what acts after the prompt, share one reading of the prompt, and prompts
-share that of the beginning they have in common. All shapes are those of the whole set of jobs, so that what is left to do of
+`generate.decode`). Jobs that differ in samples, or in what acts after the prompt, share one reading of the prompt; prompts share that
+of the beginning they have in common, and conditions that of the blocks below all that is steered. All shapes are those of the whole set of jobs, so that what is left to do of
 it gives the same numbers.
 """
 
@@ -87,6 +87,7 @@ class _Run:
         self.common = self._common()
         self.room = tokens.bucket(wanted.most, 16) if wanted.most else 0
         self.positions = self.common + max(map(self._bucket, jobs)) + self.room
+        self.split = self._split()
         self.groups = self._groups()
         self.M = max(steering.room(slots) for _, slots, _ in self.groups)
         self.steered = any(job.steering is not None for job in jobs)
@@ -122,6 +123,20 @@ class _Run:
         shared = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), len(first))
         return min(shared, limit) // COMMON * COMMON
 
+    def _split(self) -> int:
+        """The block up to which a prompt is read once for all conditions, in eighths of the depth, each of which compiles once; 0
+        where prompts are not read several times."""
+        lowest = steering.lowest({job.steering for job in self.jobs})
+        if self.wanted.of_prompt:
+            lowest = min(lowest, min(steering.resolve_layers(layers, self.lm.config.n_layers)[0]
+                                     for layers in self.wanted.of_prompt.pooled.values()))  # fmt: skip
+        lowest -= lowest % -(-self.lm.config.n_layers // 8)
+        if not lowest:
+            return 0
+        prompts = {tuple(job.prompt) for job in self.jobs}
+        readings = {(tuple(job.prompt), self.below(*self._about(job), len(job.prompt))) for job in self.jobs}
+        return lowest if len(readings) >= 2 * len(prompts) else 0
+
     def _groups(self):
         """Jobs of steerings that share a bank (all, unless they have too many directions), with its slots and where it acts."""
         of: dict[Steering | None, list[int]] = {}
@@ -152,8 +167,15 @@ class _Run:
         arrays = steering.arrange(self.lm.config, [job.steering for job in jobs], found, numbers, self.M)
         return steering.split(arrays)[0]
 
-    def prefill(self, jobs, slots, shared, wanted=None, cache=None, upto=None):
-        """Read the prompts of `jobs`, a full batch, or their first tokens `upto`; or go on from the `cache` of these."""
+    def under(self, prompts):
+        """What block `self.split` reads of a few prompts, and their cache of the blocks before it."""
+        batch = tokens.pad(self._full(prompts), self.common + tokens.bucket(max(map(len, prompts)) - self.common))
+        whole = batch.lengths + np.int32(self.wanted.most)
+        return generate.prefill_below(self.lm.config, self.lm.params, batch.ids, whole, self.positions, self.split)
+
+    def prefill(self, jobs, slots, shared, wanted=None, cache=None, upto=None, under=None):
+        """Read the prompts of `jobs`, a full batch, or their first tokens `upto`; or go on from the `cache` of these. Where what is
+        `under` them was read already, it is given row for row: what `self.under` returns."""
         interventions = self.interventions(jobs, slots)
         if interventions is not None:
             interventions = steering.join(interventions, shared)
@@ -162,6 +184,10 @@ class _Run:
         ids, lengths = batch.ids[:, start:upto], batch.lengths
         probes = None if wanted is None else capture.resolve(self.lm.config, wanted, batch)
         given = {} if cache is None else {"start": np.full(len(jobs), start, np.int32), "cache": cache}
+        if under is not None:
+            x, below = under
+            ids, given["below"] = x[:, start:upto], self.split
+            given["cache"] = below if cache is None else generate.join_cache(below, cache, self.split)
         return generate.prefill(
             self.lm.config, self.lm.params, ids, lengths if upto is None else np.full(len(jobs), upto, np.int32),
             lengths + np.int32(self.wanted.most), interventions, probes, self.positions, **given,
@@ -176,24 +202,33 @@ class _Run:
             first = None
             if self.common:
                 one_each = self._full([self.jobs[members[0]] for members in chunk])
-                first = self.prefill(one_each, slots, shared, upto=self.common)[1]
+                under = self.under([one_each[0].prompt]) if self.split else None  # they begin alike
+                first = self.prefill(one_each, slots, shared, upto=self.common, under=under)[1]
             alike: dict[Any, list[tuple[int, int]]] = {}  # jobs whose prompts are one reading
             for number, members in enumerate(chunk):
                 for i in members:
                     job = self.jobs[i]
                     key = self._bucket(job), tuple(job.prompt), self.below(*self._about(job), len(job.prompt))
                     alike.setdefault(key, []).append((number, i))
-            for _, same_length in itertools.groupby(sorted(alike, key=lambda key: key[0]), key=lambda key: key[0]):
-                for keys in _batched(same_length, self.few):
-                    members = [alike[key] for key in keys]
-                    jobs = self._full([self.jobs[of[0][1]] for of in members])
-                    cache = None
-                    if first is not None:
-                        cache = generate.take_cache(first, np.array(self._full([of[0][0] for of in members])))
-                    yield (
-                        *self.prefill(jobs, slots, shared, self.wanted.of_prompt, cache),
-                        [[i for _, i in of] for of in members],
-                    )
+            for _, of_length in itertools.groupby(sorted(alike, key=lambda key: key[0]), key=lambda key: key[0]):
+                same_length = list(of_length)
+                prompts = list(dict.fromkeys(prompt for _, prompt, _ in same_length))
+                for some in _batched(prompts, self.few) if self.split else [prompts]:
+                    place = {prompt: row for row, prompt in enumerate(some)}
+                    below = self.under(some) if self.split else None
+                    for keys in _batched((key for key in same_length if key[1] in place), self.few):
+                        members = [alike[key] for key in keys]
+                        jobs = self._full([self.jobs[of[0][1]] for of in members])
+                        cache, under = None, None
+                        if first is not None:
+                            cache = generate.take_cache(first, np.array(self._full([of[0][0] for of in members])))
+                        if below is not None:
+                            rows = np.array(self._full([place[prompt] for _, prompt, _ in keys]))
+                            under = jnp.take(below[0], rows, 0), generate.take_cache(below[1], rows)
+                        yield (
+                            *self.prefill(jobs, slots, shared, self.wanted.of_prompt, cache, under=under),
+                            [[i for _, i in of] for of in members],
+                        )
 
     def _full(self, items: list) -> list:
         return items + [items[-1]] * (self.few - len(items))

@@ -209,8 +209,10 @@ def init(config: ModelConfig, probes: Probes, x: jax.Array) -> Captured:
 
 
 def projected(probes: Probes, layer: LayerProbes) -> Any:
-    """The directions `[E, D]` on which plain projections of `resid_post` are asked for, which steering makes on its way, or None."""
-    plain = "resid_post" in layer.slots["scores"] and not layer.adjust and not probes.cosine
+    """The directions `[E, D]` on which plain projections of every layer's `resid_post` are asked for, which steering makes on its
+    way, or None."""
+    every = ("scores", "resid_post", len(probes.layers.index)) in probes.counts
+    plain = every and not layer.adjust and not probes.cosine
     return layer.directions if plain else None
 
 
@@ -221,12 +223,9 @@ def collect(
 
     `scores [B, T, E]` are those of `resid_post`, where steering has made them already (see `projected`).
     """
-    norms: dict[str, jax.Array] = {}
 
     def norm(site):
-        if site not in norms:
-            norms[site] = jnp.linalg.norm(sites[site].astype(jnp.float32), axis=-1)
-        return norms[site]
+        return jnp.linalg.norm(sites[site].astype(jnp.float32), axis=-1)
 
     def selection(site):  # spans within this pass: padding and, where asked for, sinks left out
         spans = jnp.minimum(probes.spans, probes.lengths[:, None, None]) - positions[:, :1, None]
@@ -256,17 +255,18 @@ def collect(
         return kernels.project(x, layer.directions, **adjust) if scores is None or site != "resid_post" else scores
 
     def put(buffer, slot, value):
-        at = jnp.maximum(slot, 0)
-        kept = lax.dynamic_index_in_dim(buffer, at, keepdims=False)
-        return lax.dynamic_update_index_in_dim(buffer, jnp.where(slot >= 0, value.astype(buffer.dtype), kept), at, 0)
+        return lax.dynamic_update_index_in_dim(buffer, value.astype(buffer.dtype), slot, 0)
 
-    def put_all(buffers, slot, values):
-        return jax.tree.map(lambda buffer, value: put(buffer, slot, value), buffers, values)
+    buffers: dict[str, dict] = {kind: dict(getattr(captured, kind)) for kind in KINDS}
+    for kind, site, n in probes.counts:
+        slot = layer.slots[kind][site]
 
-    buffers = {
-        kind: {site: put_all(getattr(captured, kind)[site], slot, reduce(kind, site)) for site, slot in wanted.items()}
-        for kind, wanted in layer.slots.items()
-    }
+        def reduced(before, kind=kind, site=site, slot=slot):
+            return jax.tree.map(lambda buffer, value: put(buffer, slot, value), before, reduce(kind, site))
+
+        before = buffers[kind][site]  # a layer that is not asked for costs nothing
+        every = n == len(probes.layers.index)
+        buffers[kind][site] = reduced(before) if every else lax.cond(slot >= 0, reduced, lambda x: x, before)
     dose = captured.dose
     if dose is not None:
         before, after = sites["unsteered"].astype(jnp.float32), sites["resid_post"].astype(jnp.float32)

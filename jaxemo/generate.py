@@ -127,7 +127,16 @@ def sample(logits: jax.Array, sampling: Sampling, position: jax.Array) -> tuple[
     return token, chosen - jax.nn.logsumexp(logits, axis=-1)
 
 
-@functools.partial(jax.jit, static_argnames=("config", "positions"), donate_argnames="cache")
+@functools.partial(jax.jit, static_argnames=("config", "positions", "below"))
+def prefill_below(
+    config: ModelConfig, params: params_lib.Params, ids: jax.Array, whole: jax.Array, positions: int, below: int
+) -> tuple[jax.Array, model.Cache]:
+    """The residual stream `[B, T, D]` that block `below` reads of prompts `ids [B, T]`, and a cache with the blocks before it."""
+    cache = model.init_cache(config, len(ids), positions, params["embed"].dtype, params_lib.is_stacked(params))
+    return model.forward(config, params, ids, None, cache, None, None, whole, (0, below))[:2]
+
+
+@functools.partial(jax.jit, static_argnames=("config", "positions", "below"), donate_argnames="cache")
 def prefill(
     config: ModelConfig,
     params: params_lib.Params,
@@ -139,15 +148,18 @@ def prefill(
     positions: int,
     start: jax.Array | None = None,
     cache: model.Cache | None = None,
+    below: int = 0,
 ) -> tuple[jax.Array, model.Cache, Any]:
-    """Read prompts `ids [B, T]` into a cache of `positions`, or on from position `start [B]` of the `cache` given.
+    """Read prompts `ids [B, T]` into a cache of `positions`, or on from position `start [B]` of the `cache` given. With `below`, from
+    that block on: `ids` are then what it reads and the cache what the blocks before it wrote, by `prefill_below`.
 
     `lengths [B]` are the prompts' whole lengths, `whole [B]` those with all that may be generated. Returns the logits
     `[B, V]` of the next token, the cache, and what `probes` asked for.
     """
     if cache is None:
         cache = model.init_cache(config, len(ids), positions, params["embed"].dtype, params_lib.is_stacked(params))
-    x, cache, captured = model.forward(config, params, ids, start, cache, interventions, probes, whole)
+    layers = (below, config.n_layers) if below else None
+    x, cache, captured = model.forward(config, params, ids, start, cache, interventions, probes, whole, layers)
     last = lengths - 1 - (0 if start is None else start)
     x = jnp.take_along_axis(x, last[:, None, None], axis=1)[:, 0]
     return model.unembed(config, params, x), cache, captured
@@ -273,6 +285,16 @@ def exchange(state: Any, row: jax.Array, queue: Any, at: jax.Array) -> tuple[Sta
 def take(state: State, index: jax.Array) -> State:
     """The rows `index [n]`, in this order; the same one may be among them several times."""
     return jax.tree.map(lambda axis, leaf: jnp.take(leaf, index, axis), axes(state), state)
+
+
+@functools.partial(jax.jit, static_argnames="below")
+def join_cache(lower: model.Cache, upper: model.Cache, below: int) -> model.Cache:
+    """The blocks before `below` of one cache and those from there on of the other."""
+
+    def join(a, b):
+        return (*a[:below], *b[below:]) if isinstance(a, tuple) else jnp.concatenate([a[:below], b[below:]])
+
+    return model.Cache(join(lower.k, upper.k), join(lower.v, upper.v))
 
 
 @jax.jit

@@ -1,5 +1,6 @@
 """LanguageModel: weights, configuration and tokenizer together; the object a user holds."""
 
+import dataclasses
 import functools
 import os
 from collections.abc import Callable, Sequence
@@ -78,6 +79,20 @@ class Generation:
     scores: Any
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class Continuations:
+    """Rows and O ways to go on from each: their `batch`, the continuations' `ids [O, B, R + 1]` and `counts [O, B]`, and what block
+    `below` reads: the residual stream of the rows `first [B, T, D]` and of all but the last of the ids, `more [O, B, R, D]`; at block
+    0, token ids."""
+
+    batch: TokenBatch
+    ids: np.ndarray
+    counts: np.ndarray
+    first: Any
+    more: Any
+    below: int
+
+
 @functools.partial(jax.jit, static_argnames=("config", "logits"))
 def _forward(config, params, ids, lengths, interventions, probes, logits):
     x, _, captured = model.forward(config, params, ids, interventions=interventions, probes=probes, lengths=lengths)
@@ -105,21 +120,35 @@ def _following(config, params, x, ids):
     return lax.map(one_row, (x, ids))
 
 
-@functools.partial(jax.jit, static_argnames="config")
-def _continuations(config, params, ids, lengths, more, counts, interventions):
-    (_, T), R = ids.shape, more.shape[-1]
-    cache = model.init_cache(config, len(ids), T + R, params["embed"].dtype, params_lib.is_stacked(params))
-    whole = lengths + R
-    x, cache, _ = model.forward(config, params, ids, None, cache, interventions, None, whole)
+def _through(config, params, first, lengths, more, interventions, layers):
+    """The residual stream after `layers` of what comes `first`, `[B, T, D]`, and of each way to go on, `[O, B, R, D]`; both are
+    given as what the first of the layers reads (see `model.forward`)."""
+    (B, T), R = first.shape[:2], more.shape[2]
+    cache = model.init_cache(config, B, T + R, params["embed"].dtype, params_lib.is_stacked(params))
+    x, cache, _ = model.forward(config, params, first, None, cache, interventions, None, lengths + R, layers)
+
+    def one(more):
+        return model.forward(config, params, more, lengths, cache, interventions, None, lengths + R, layers)[0]
+
+    return x, lax.map(one, more) if R else jnp.zeros((len(more), B, 0, x.shape[-1]), x.dtype)
+
+
+@functools.partial(jax.jit, static_argnames=("config", "below"))
+def _begin(config, params, ids, lengths, more, below):
+    return _through(config, params, ids, lengths, more, None, (0, below))
+
+
+@functools.partial(jax.jit, static_argnames=("config", "below"))
+def _continuations(config, params, first, lengths, more, ids, counts, interventions, below):
+    x, xs = _through(config, params, first, lengths, more, interventions, (below, config.n_layers))
     last = jnp.take_along_axis(x, (lengths - 1)[:, None, None], axis=1)
 
     def one(choice):
-        ids, count = choice
-        x, _, _ = model.forward(config, params, ids, lengths, cache, interventions, None, whole)
-        logprobs = _following(config, params, jnp.concatenate([last, x[:, :-1]], axis=1), ids)
-        return jnp.where(jnp.arange(R) < count[:, None], logprobs, 0).sum(1)
+        x, ids, count = choice
+        logprobs = _following(config, params, jnp.concatenate([last, x], axis=1), ids)
+        return jnp.where(jnp.arange(ids.shape[1]) < count[:, None], logprobs, 0).sum(1)
 
-    return lax.map(one, (jnp.moveaxis(more, 1, 0), counts.T)).T
+    return lax.map(one, (xs, ids, counts)).T
 
 
 def adjustment(vectors: Directions, kind: str) -> dict[str, Any]:
@@ -213,32 +242,55 @@ class LanguageModel:
         interventions = None if steering is None else steering_lib.resolve(self.config, steering, batch)
         return _logprobs(self.config, self.params, batch.ids, batch.lengths, interventions)
 
-    def continuations(self, batch, texts, steering: SteeringArg = None) -> tuple[jax.Array, np.ndarray]:
-        """Log-probability `[B, O]` of each of O ways to go on from each row, and how many tokens `[B, O]` each has.
-
-        `texts` holds O strings a row; each is encoded by itself, so a word that goes on a text begins with its space. A row is
-        read once, whatever O is. What is steered in all tokens is steered in those of every continuation too.
-        """
+    def begin_continuations(self, batch, texts, below: int = 0) -> Continuations:
+        """Rows and their continuations (see `continuations`), read up to block `below`: what steering at that block and later ones
+        has in common, so that many steerings of the same rows share it."""
         batch = self.batch(batch)
         if len(texts) != len(batch.ids) or any(isinstance(row, str) for row in texts) or len({*map(len, texts)}) != 1:
             raise ValueError(
                 f"texts: expected as many continuations for each of the {len(batch.ids)} rows, a list of them a row"
             )
+        if not 0 <= below < self.config.n_layers:
+            raise ValueError(
+                f"below={below}: the model's {self.config.n_layers} layers are 0 to {self.config.n_layers - 1}"
+            )
         more = [[self.tokenizer.encode(text)[len(self.tokenizer.prefix) :] for text in row] for row in texts]
-        counts = np.array([[len(ids) for ids in row] for row in more], np.int32)
+        counts = np.array([[len(ids) for ids in row] for row in more], np.int32).T
         if not counts.all():
-            row, o = np.argwhere(counts == 0)[0]
+            o, row = np.argwhere(counts == 0)[0]
             raise ValueError(f"texts: continuation {o} of row {row}, {texts[row][o]!r}, has no tokens")
-        R = tokens_lib.bucket(int(counts.max()), 8)
-        if (longest := int((batch.lengths + counts.max(1)).max())) > self.config.max_positions:
+        if (longest := int((batch.lengths + counts.max(0)).max())) > self.config.max_positions:
             raise ValueError(
                 f"a row with its continuation has {longest} tokens; the model was made for {self.config.max_positions}"
             )
-        padded = np.zeros((*counts.shape, R), np.int32)
-        for at in np.ndindex(counts.shape):
-            padded[at][: counts[at]] = more[at[0]][at[1]]
-        interventions = None if steering is None else steering_lib.resolve(self.config, steering, batch, R)
-        return _continuations(self.config, self.params, batch.ids, batch.lengths, padded, counts, interventions), counts
+        R = tokens_lib.bucket(int(counts.max()) - 1) if counts.max() > 1 else 0  # the last token need not be read
+        ids = np.zeros((*counts.shape, R + 1), np.int32)
+        for o, row in np.ndindex(counts.shape):
+            ids[o, row, : counts[o, row]] = more[row][o]
+        first: Any = batch.ids, ids[:, :, :-1]
+        if below:
+            first = _begin(self.config, self.params, batch.ids, batch.lengths, ids[:, :, :-1], below)
+        return Continuations(batch, ids, counts, *first, below)
+
+    def continuations(self, batch, texts=None, steering: SteeringArg = None) -> tuple[jax.Array, np.ndarray]:
+        """Log-probability `[B, O]` of each of O ways to go on from each row, and how many tokens `[B, O]` each has.
+
+        `texts` holds O strings a row; each is encoded by itself, so a word that goes on a text begins with its space. A row is
+        read once, whatever O is. What is steered in all tokens is steered in those of every continuation too. In place of `batch`
+        and `texts` may stand what `begin_continuations` made of them; raises ValueError for steering below where that ends.
+        """
+        c = batch if isinstance(batch, Continuations) else self.begin_continuations(batch, texts)
+        interventions = None
+        if steering is not None:
+            interventions = steering_lib.resolve(self.config, steering, c.batch, c.ids.shape[2])
+            if interventions.layers.acts[: c.below].any():
+                raise ValueError(
+                    f"layers below {c.below} are steered, but were read already; begin the continuations below them"
+                )
+        found = _continuations(
+            self.config, self.params, c.first, c.batch.lengths, c.more, c.ids, c.counts, interventions, c.below
+        )
+        return found, c.counts.T
 
     def read(
         self,

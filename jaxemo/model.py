@@ -289,8 +289,12 @@ def forward(
     interventions: steering.Interventions | None = None,
     probes: capture.Probes | None = None,
     lengths: jax.Array | None = None,
+    layers: tuple[int, int] | None = None,
 ) -> tuple[jax.Array, Any, Any]:
     """Run `tokens [B, T]` through all layers; `unembed` turns the returned residual stream into logits.
+
+    With `layers` (first, last), only through those from the first to before the last; in place of tokens then stands the residual
+    stream `[B, T, D]` that the first reads, if that is not 0.
 
     Without `start`, row b's tokens begin at position 0 and a `cache`, if given, is filled. With `start [B]`, they
     begin at position `start[b]` and attend to the cache below it. `lengths [B]` are the rows' whole lengths, with what
@@ -301,11 +305,11 @@ def forward(
     fresh, stacked = start is None, params_lib.is_stacked(params)
     if cache is None and not fresh:
         raise ValueError("tokens that start later than position 0 need a cache of what came before")
-    B, T = tokens.shape
+    B, T = tokens.shape[:2]
     begin = jnp.zeros(B, jnp.int32) if start is None else start
     positions = begin[:, None] + jnp.arange(T)
     if lengths is None:
-        lengths = jnp.full(B, T if cache is None else jax.tree.leaves(cache)[0].shape[-3])
+        lengths = jnp.full(B, T if cache is None else jax.tree.leaves(cache)[0].shape[-1])
     kinds, pattern = config.attention, np.array(config.pattern or [0] * config.n_layers)
     dim = next((kind.rope.dim for kind in kinds if kind.rope), 0)
     rotations = jnp.stack([rope_angles(kind.rope, dim, positions, lengths) for kind in kinds]) if dim else None
@@ -338,9 +342,8 @@ def forward(
             )
         return (steered, own, captured), None
 
-    x = params["embed"][tokens] * config.embed_scale
-    if config.learned_positions:
-        x = x + params["pos_embed"][positions]
+    first, last = layers or (0, config.n_layers)
+    x = tokens if first else embed(config, params, tokens, positions)
     captured = None if probes is None else capture.init(config, probes, x)
     per_layer = (
         None if interventions is None else interventions.layers,
@@ -348,11 +351,21 @@ def forward(
     )
     carry = (x, cache, captured)
     if stacked:
-        carry, _ = lax.scan(block, carry, (jnp.arange(config.n_layers), pattern, params["layers"], *per_layer))
+        inputs = np.arange(config.n_layers), pattern, params["layers"], *per_layer
+        if layers is not None:
+            inputs = jax.tree.map(lambda leaf: leaf[first:last], inputs)
+        carry, _ = lax.scan(block, carry, inputs)
     else:
-        for i, weights in enumerate(params["layers"]):
-            carry, _ = block(carry, (i, pattern[i], weights, *jax.tree.map(lambda leaf, i=i: leaf[i], per_layer)))
+        for i in range(first, last):
+            own = jax.tree.map(lambda leaf, i=i: leaf[i], per_layer)
+            carry, _ = block(carry, (i, pattern[i], params["layers"][i], *own))
     return carry
+
+
+def embed(config: ModelConfig, params: params_lib.Params, tokens: jax.Array, positions: jax.Array) -> jax.Array:
+    """The residual stream before the first layer, `[B, T, D]`."""
+    x = params["embed"][tokens] * config.embed_scale
+    return x + params["pos_embed"][positions] if config.learned_positions else x
 
 
 def unembed(config: ModelConfig, params: params_lib.Params, x: jax.Array) -> jax.Array:

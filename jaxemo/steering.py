@@ -15,7 +15,7 @@ the compiled forward. New values in arrays of the same shape never recompile.
 import dataclasses
 import functools
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import flax.struct
@@ -112,6 +112,12 @@ class Steering:
         if not isinstance(other, Steering):
             return NotImplemented
         return self + -other
+
+
+def lowest(steerings: Iterable[Steering | None]) -> int:
+    """The lowest layer that any of them acts at: what lies below is the same for all. 0 where none acts."""
+    active = [term.active for steering in steerings if steering is not None for term in steering.terms]
+    return int(np.argmax(np.any(active, axis=0))) if active else 0
 
 
 def is_numeric(array: np.ndarray) -> bool:

@@ -54,7 +54,9 @@ def test_the_first_stands_at_a_and_steering_touches_one_activity_alone(lm, vecto
     assert (np.flatnonzero(moved) == np.arange(span.start, span.stop)).all()
     letters = [lm.tokenizer.encode(letter)[-1] for letter in "AB"]
     logits = np.asarray(out.logits)[0, letters]
-    assert preference.odds(lm, [pair], [steering])[0] == pytest.approx(logits[0] - logits[1], abs=1e-4)
+    assert preference.odds(lm, [pair], preference.begin(lm, [pair]), [steering])[0] == pytest.approx(
+        logits[0] - logits[1], abs=1e-4
+    )
     with pytest.raises(ValueError, match="2 times"):
         preference.place(lm, preference.prompts(lm, [(pair[0], pair[0])])[0], pair[0])
 
@@ -68,7 +70,7 @@ def test_a_model_that_prefers_is_seen_to_and_steered_as_its_readings_say(lm, vec
     worth = (read[:, 0] - read[:, 0].mean()) / read[:, 0].std()
     reading = np.array([np.corrcoef(worth, read[:, e])[0, 1] for e in range(6)])
 
-    def odds(lm, pairs, steerings=None, rows=64):
+    def odds(lm, pairs, begun, steerings=None):
         found = np.array([worth[texts.index(a)] - worth[texts.index(b)] for a, b in pairs]) + 0.3  # a liking for A
         for i, (a, _) in enumerate(pairs):
             for term in steerings[i].terms if steerings else ():

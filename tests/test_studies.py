@@ -9,7 +9,7 @@ import pytest
 import scipy.stats
 
 import jaxemo
-from jaxemo import studies
+from jaxemo import params, steering, studies
 from jaxemo.emotions import corpus
 from jaxemo.studies import arms, battery, choices, statistics
 from jaxemo.studies.choices import Choice, Claim
@@ -59,11 +59,23 @@ def run(lm, vectors, situations, out, **kwargs):
 # ---- reading -----------------------------------------------------------------------------------------------------------
 
 
-def test_continuations_are_what_whole_rows_give(lm, vectors):
+@pytest.mark.parametrize("stacked", (False, True))
+@pytest.mark.parametrize("below", (0, 1, LAST))
+def test_continuations_are_what_whole_rows_give(lm, vectors, below, stacked):
+    """Also those that are begun once and gone on with under several steerings."""
     prompts = ["Say this.", "And now something longer than that"]
     texts = [[THIS, " and some more of it"], [THAT, "q"]]
-    steering = [vectors.steer("planted", 0.3, "all"), None]
-    found, counts = lm.continuations(prompts, texts, steering)
+    lm = jaxemo.LanguageModel(lm.config, (params.stack if stacked else params.unstack)(lm.params), lm.tokenizer)
+    begun = lm.begin_continuations(prompts, texts, below)
+    for strength in (0.3, -0.2):
+        steering = [vectors.steer("planted", strength, range(below, LAST + 1)), None]
+        found, counts = lm.continuations(begun, steering=steering)
+        agree_with_whole_rows(lm, prompts, texts, steering, np.asarray(found), counts)
+    one_token, _ = lm.continuations(lm.begin_continuations(prompts, [["q"], ["q"]], below), steering=steering)
+    np.testing.assert_allclose(np.asarray(one_token)[1, 0], np.asarray(found)[1, 1], rtol=2e-5)
+
+
+def agree_with_whole_rows(lm, prompts, texts, steering, found, counts):
     for b, prompt in enumerate(prompts):
         ids = lm.tokenizer.encode(prompt)
         for o, text in enumerate(texts[b]):
@@ -81,6 +93,16 @@ def test_continuations_are_what_whole_rows_give(lm, vectors):
 def test_bad_continuations_are_refused(lm, texts, message):
     with pytest.raises(ValueError, match=message):
         lm.continuations(["one", "two"], texts)
+
+
+def test_continuations_are_not_steered_below_where_they_begin(lm, vectors):
+    begun = lm.begin_continuations(["one"], [["a", "b"]], below=1)
+    with pytest.raises(ValueError, match="layers below 1 are steered, but were read already"):
+        lm.continuations(begun, steering=vectors.steer("planted", 0.3, [0]))
+    with pytest.raises(ValueError, match=f"below={LAST + 1}"):
+        lm.begin_continuations(["one"], [["a", "b"]], below=LAST + 1)
+    assert steering.lowest([None]) == 0
+    assert steering.lowest([None, vectors.steer("planted", 0.3, [LAST]), vectors.steer("null", 0.3, [1, LAST])]) == 1
 
 
 def test_letters_are_asked_for_in_both_orders():

@@ -7,6 +7,7 @@ read under the same steering, or the difference would be the push itself.
 """
 
 import dataclasses
+import functools
 import hashlib
 import json
 import os
@@ -17,10 +18,10 @@ from typing import Any
 import numpy as np
 import scipy.stats
 
-from jaxemo import params
+from jaxemo import params, steering
 from jaxemo import tokens as tokens_lib
 from jaxemo.emotions.vectors import EmotionVectors
-from jaxemo.language_model import LanguageModel
+from jaxemo.language_model import Continuations, LanguageModel
 from jaxemo.studies import arms as arms_lib
 from jaxemo.studies import statistics, store
 from jaxemo.studies.arms import Arm
@@ -137,48 +138,62 @@ def measure(
     `out` is a JSONL file with a line for each arm; the same call goes on where a killed one was. Raises ValueError for an `out` of
     other choices, weights or steering.
     """
-    plan, of = _plan(lm, choices), {arm.name: arm for arm in arms}
+    of = {arm.name: arm for arm in arms}
+    batches, below = _batches(lm, choices, rows), steering.lowest(arm.steering for arm in of.values())
+
+    @functools.cache
+    def begun(number: int) -> Continuations:  # what all arms share is read once
+        _, _, prompts, texts = batches[number]
+        return lm.begin_continuations(tokens_lib.pad(prompts), texts, below)
+
     which = hashlib.sha256(json.dumps([dataclasses.astuple(choice) for choice in choices]).encode()).hexdigest()[:16]
     by = {"weights": params.fingerprint(lm.params)[:16], "choices": which}
     found = store.measure(out, by, {name: arm.steering for name, arm in of.items()},
-                          lambda name: _read(lm, choices, plan, of[name], rows), progress)  # fmt: skip
+                          lambda name: _read(lm, choices, batches, begun, of[name]), progress)  # fmt: skip
     return {
         name: {key: np.array(record[key], np.float64) for key in (*READINGS, "fluency", "lengths")}
         for name, record in found.items()
     }
 
 
-def _plan(lm: LanguageModel, choices: Sequence[Choice]) -> list[tuple]:
-    """All readings, as (choice, reading, swapped, prompt's token ids, continuations), the short ones first."""
+def _batches(lm: LanguageModel, choices: Sequence[Choice], rows: int) -> list[tuple]:
+    """All readings in full batches of about one length, as (reading, [(choice's number, swapped)], prompts' token ids, continuations);
+    situations and twins apart, as not all arms read both."""
     by_letter = {choice.id for choice in [choice for choice in choices if not choice.twin][::2]}
     readings = [(i, "continuation", False) for i in range(len(choices))]
     readings += [(i, "letter", swapped) for i, choice in enumerate(choices) for swapped in (False, True)
                  if (choice.twin or choice.id) in by_letter]  # fmt: skip
     questions, texts = zip(*(asked(choices[i], reading, swapped) for i, reading, swapped in readings), strict=True)
     prompts = ask(lm, questions)
-    plan = [(*reading, prompt, text) for reading, prompt, text in zip(readings, prompts, texts, strict=True)]
-    return sorted(plan, key=lambda row: (row[1], len(row[3])))
+    kinds: dict[tuple, list[int]] = {}
+    for at, (i, reading, _) in enumerate(readings):
+        kinds.setdefault((reading, bool(choices[i].twin)), []).append(at)
+    batches = []
+    for (reading, _), of in kinds.items():
+        of.sort(key=lambda at: len(prompts[at]))
+        for first in range(0, len(of), rows):
+            part = of[first : first + rows]
+            filled = part + [part[-1]] * (min(rows, len(of)) - len(part))
+            where = [(readings[at][0], readings[at][2]) for at in part]
+            batches.append((reading, where, [prompts[at] for at in filled], [texts[at] for at in filled]))
+    return batches
 
 
-def _read(lm: LanguageModel, choices: Sequence[Choice], plan: list[tuple], arm: Arm, rows: int) -> dict[str, list]:
+def _read(lm: LanguageModel, choices: Sequence[Choice], batches: list[tuple], begun, arm: Arm) -> dict[str, list]:
     n = len(choices)
-    wanted = [row for row in plan if arm.kind in ("none", "emotion") or not choices[row[0]].twin]
-    wanted = [row for row in wanted if row[1] != "letter" or arm.kind in ("none", "emotion", "random")]
     odds = {reading: np.full((n, 2), np.nan) for reading in READINGS}
     fluency, lengths = np.full(n, np.nan), np.zeros((n, 2))
-    for reading in READINGS:
-        of = [row for row in wanted if row[1] == reading]
-        for at in range(0, len(of), rows):
-            part = of[at : at + rows]
-            filled = part + [part[-1]] * (rows - len(part))
-            batch, texts = tokens_lib.pad([row[3] for row in filled]), [row[4] for row in filled]
-            logprobs, counts = lm.continuations(batch, texts, arm.steering)
-            both = np.asarray(logprobs, np.float64)
-            for (i, _, swapped, _, _), (this, that), count in zip(part, both, counts, strict=False):
-                odds[reading][i, int(swapped)] = that - this
-                if reading == "continuation":
-                    odds[reading][i, 1] = that - this
-                    fluency[i], lengths[i] = (this + that) / count.sum(), count
+    for number, (reading, where, _, _) in enumerate(batches):
+        if arm.kind not in ("none", "emotion") and choices[where[0][0]].twin:
+            continue
+        if arm.kind not in ("none", "emotion", "random") and reading == "letter":
+            continue
+        logprobs, counts = lm.continuations(begun(number), steering=arm.steering)
+        for (i, swapped), (this, that), count in zip(where, np.asarray(logprobs, np.float64), counts, strict=False):
+            odds[reading][i, int(swapped)] = that - this
+            if reading == "continuation":
+                odds[reading][i, 1] = that - this
+                fluency[i], lengths[i] = (this + that) / count.sum(), count
     found = {reading: store.numbers(odds[reading].mean(1)) for reading in READINGS}
     return found | {"fluency": store.numbers(fluency), "lengths": lengths.tolist()}
 

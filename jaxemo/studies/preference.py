@@ -6,6 +6,7 @@ of one of the two activities alone, and what that does to its odds is set beside
 """
 
 import dataclasses
+import functools
 import os
 import pathlib
 from collections.abc import Sequence
@@ -16,11 +17,12 @@ import scipy.special
 import scipy.stats
 
 from jaxemo import params
+from jaxemo import steering as steering_lib
 from jaxemo import tokens as tokens_lib
 from jaxemo.emotions import corpus
 from jaxemo.emotions import statistics as correlation
 from jaxemo.emotions.vectors import EmotionVectors
-from jaxemo.language_model import LanguageModel
+from jaxemo.language_model import Continuations, LanguageModel
 from jaxemo.steering import Steering
 from jaxemo.studies import arms as arms_lib
 from jaxemo.studies import choices, records, statistics, store
@@ -90,26 +92,34 @@ class Preference:
         return "\n".join(lines + [f"  {claim} -> {said}" for claim, said in self.verdicts.items()])
 
 
+def begin(lm: LanguageModel, pairs: Sequence[tuple[str, str]], below: int = 0, rows: int = 64) -> list[Continuations]:
+    """Questions about each of the pairs, in batches of one shape, read up to block `below`."""
+    ids = prompts(lm, pairs)
+    length, filled = tokens_lib.bucket(max(map(len, ids))), ids + ids[-1:] * (-len(ids) % rows)
+    return [
+        lm.begin_continuations(tokens_lib.pad(filled[at : at + rows], length), [["A", "B"]] * rows, below)
+        for at in range(0, len(ids), rows)
+    ]
+
+
 def odds(
     lm: LanguageModel,
     pairs: Sequence[tuple[str, str]],
+    begun: Sequence[Continuations],
     steerings: Sequence[Steering | None] | None = None,
-    rows: int = 64,
 ) -> np.ndarray:
-    """The log-odds `[n]` of the first of each pair over the second, by letter, each under its own steering."""
-    ids = prompts(lm, pairs)
-    letters = [lm.tokenizer.encode(letter)[-1] for letter in "AB"]
-    length = tokens_lib.bucket(max(map(len, ids)))
-    found = np.zeros(len(ids))
-    for at in range(0, len(ids), rows):
-        part = list(range(at, min(at + rows, len(ids))))
-        filled = part + part[-1:] * (rows - len(part))
-        steering = None if steerings is None else [steerings[i] for i in filled]
-        logits = np.asarray(
-            lm.forward(tokens_lib.pad([ids[i] for i in filled], length), steering, logits="last").logits
-        )
-        found[part] = (logits[:, letters[0]].astype(np.float64) - logits[:, letters[1]])[: len(part)]
-    return found
+    """The log-odds `[n]` of the first of each pair over the second, by letter, each under its own steering; the questions about
+    `pairs` are `begun`."""
+    found, at = [], 0
+    for batch in begun:
+        rows, steering = len(batch.batch.ids), None
+        if steerings is not None:
+            part = list(steerings[at : at + rows])
+            steering = part + part[-1:] * (rows - len(part))
+        found.append(np.asarray(lm.continuations(batch, steering=steering)[0], np.float64))
+        at += rows
+    a, b = np.concatenate(found)[: len(pairs)].T
+    return a - b
 
 
 def prompts(lm: LanguageModel, pairs: Sequence[tuple[str, str]]) -> list:
@@ -188,16 +198,20 @@ def study(
         place(lm, ids, texts[i]) for ids, i in zip(prompts(lm, pairs), np.repeat([i for i, _ in met], 2), strict=True)
     ]
 
+    @functools.cache
+    def begun() -> list[Continuations]:  # what all arms share is read once
+        return begin(lm, pairs, steering_lib.lowest(arm.steering for arm in arms.values()))
+
     def one(name: str) -> dict:
         steering = arms[name].steering
         if steering is None:
             every = [(texts[a], texts[b]) for a in range(n) for b in range(n) if a != b]
-            return {"all": odds(lm, every).tolist(), "odds": odds(lm, pairs).tolist()}
+            return {"all": odds(lm, every, begin(lm, every)).tolist(), "odds": odds(lm, pairs, begun()).tolist()}
         there = [
             dataclasses.replace(steering, terms=tuple(dataclasses.replace(t, tokens=span) for t in steering.terms))
             for span in at
         ]
-        return {"odds": odds(lm, pairs, there).tolist()}
+        return {"odds": odds(lm, pairs, begun(), there).tolist()}
 
     by = {"weights": params.fingerprint(lm.params)[:16], "activities": texts, "seed": seed}
     found = store.measure(
