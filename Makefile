@@ -5,7 +5,7 @@ CONSTRAINTS ?= -c constraints.txt
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(CONSTRAINTS)
 
-.PHONY: demo test lint test-tpu parity fuzz bench bench-loading bench-kernels bench-extraction bench-reading bench-sweep bench-decode emotions clean
+.PHONY: demo test lint test-tpu parity fuzz bench bench-loading bench-kernels bench-extraction bench-reading bench-sweep bench-limits emotions clean
 
 # The main job on a real model; writes report.html.
 demo: $(VENV)/.base
@@ -60,9 +60,9 @@ bench-reading: $(VENV)/.base
 bench-sweep: $(VENV)/.base
 	$(BIN)/python bench/sweep.py $(ARGS)
 
-# Where the time of a decode step goes, beside what the machine could do at most; run it on a quiet machine.
-bench-decode: $(VENV)/.base
-	$(BIN)/python bench/decode.py $(ARGS)
+# Where the time of decoding and reading goes, beside what the machine could do at most; run it on a quiet machine.
+bench-limits: $(VENV)/.base
+	$(BIN)/python bench/limits.py $(ARGS)
 
 # What the directions of the two real models are worth, each number beside its baselines (about 40 minutes on 2 cores).
 emotions: $(VENV)/.base

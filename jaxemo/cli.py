@@ -220,12 +220,15 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("-o", "--out", help="page to write its figures on")
 
     sub = command("study", _study, "ask what a model does when a direction is turned up and down, beside controls")
-    sub.add_argument("study", help="forced-choice, dilemma, sycophancy, harshness, preference, prediction, or all")
+    sub.add_argument("study", help="forced-choice, dilemma, sycophancy, harshness, preference, prediction, text, post-training, "
+                     "impossible-code, or all (but the last, which takes hours)")  # fmt: skip
     model(sub)
     sub.add_argument("--vectors", required=True, help="file made by `jaxemo extract`")
     sub.add_argument("--layers", type=_numbers, help="layers to steer, for example 15-25 (a band past the middle)")
     sub.add_argument("--strength", type=float, help="fraction of the residual norm (by default the largest that costs a neutral "
                      "text at most 0.1 nats a token)")  # fmt: skip
+    sub.add_argument("--base", help="for post-training: the model that MODEL was made from")
+    sub.add_argument("--base-vectors", help="for post-training: the base's own directions, extracted in the same way")
     sub.add_argument("-o", "--out", default="studies", help="directory to write, or to go on with (studies)")
 
     sub = command("demo", _demo, "extract directions from SmolLM2-135M, test them, and write a report")
@@ -526,15 +529,21 @@ def _sweep(args):
 
 
 def _study(args):
+    import jaxemo
+    from jaxemo.report import studies as report
     from jaxemo.studies import battery
 
     names = None if args.study == "all" else (args.study,)
     vectors, lm = _vectors(args, "steering"), _load(args)
-    for result in battery.run(lm, vectors, args.out, names, args.layers, args.strength):
+    base = args.base and jaxemo.load(args.base, dtype=args.dtype)
+    base_vectors = args.base_vectors and jaxemo.EmotionVectors.load(args.base_vectors)
+    place = pathlib.Path(args.out)
+    for result in battery.run(
+        lm, vectors, place, names, args.layers, args.strength, base or None, base_vectors or None
+    ):
         print(f"\n{result}")
-    print(
-        f"\n{(pathlib.Path(args.out) / 'summary.txt').read_text()}\nAll of it is in {pathlib.Path(args.out).resolve()}"
-    )
+    page = report.write(place, place / "report.html").resolve()
+    print(f"\n{(place / 'summary.txt').read_text()}\nAll of it is in {page.parent}; {page} shows it")
 
 
 def _corpus(args):

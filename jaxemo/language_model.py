@@ -267,10 +267,10 @@ class LanguageModel:
         ids = np.zeros((*counts.shape, R + 1), np.int32)
         for o, row in np.ndindex(counts.shape):
             ids[o, row, : counts[o, row]] = more[row][o]
-        first: Any = batch.ids, ids[:, :, :-1]
+        first, rest = batch.ids, ids[:, :, :-1]
         if below:
-            first = _begin(self.config, self.params, batch.ids, batch.lengths, ids[:, :, :-1], below)
-        return Continuations(batch, ids, counts, *first, below)
+            first, rest = _begin(self.config, self.params, first, batch.lengths, rest, below)
+        return Continuations(batch, ids, counts, first, rest, below)
 
     def continuations(self, batch, texts=None, steering: SteeringArg = None) -> tuple[jax.Array, np.ndarray]:
         """Log-probability `[B, O]` of each of O ways to go on from each row, and how many tokens `[B, O]` each has.

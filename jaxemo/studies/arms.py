@@ -61,6 +61,11 @@ class Strength:
         )
 
 
+Given = (
+    Strength | float | None
+)  # what a study may be told: a number is for emotions and random directions alike, None to calibrate
+
+
 def band(n_layers: int) -> tuple[int, ...]:
     """The layers that are steered by default: a band from the middle to where the last words are chosen (the paper steers one too)."""
     return tuple(range(round(0.5 * n_layers), max(round(0.85 * n_layers), round(0.5 * n_layers) + 1)))
@@ -96,9 +101,11 @@ def chosen(
     vectors: EmotionVectors,
     emotions: Sequence[str],
     layers: Sequence[int] | None,
-    strength: float | None,
+    strength: Given,
 ) -> Strength:
     """The layers, by default `band`'s, and the strength: the one given, for random directions too, or the largest in the budget."""
+    if isinstance(strength, Strength):
+        return strength
     layers = band(lm.config.n_layers) if layers is None else tuple(layers)
     return calibrate(lm, vectors, emotions, layers) if strength is None else Strength(strength, strength, layers)
 

@@ -280,7 +280,7 @@ def study(
     out: str | os.PathLike,
     irrelevant: EmotionVectors | None = None,
     layers: Sequence[int] | None = None,
-    strength: float | None = None,  # of emotions and random directions alike, instead of calibrating
+    strength: arms_lib.Given = None,  # of emotions and random directions alike, instead of calibrating
     random: int = arms_lib.RANDOM,
     progress: bool = True,
 ) -> Result:

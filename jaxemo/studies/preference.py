@@ -176,7 +176,7 @@ def study(
     out: str | os.PathLike,
     emotions: Sequence[str] = corpus.DISPLAY,
     layers: Sequence[int] | None = None,
-    strength: float | None = None,
+    strength: arms_lib.Given = None,
     random: int = arms_lib.RANDOM,
     activities: Sequence[dict] | None = None,
     seed: int = 0,

@@ -62,19 +62,20 @@ def fingerprint(steering: Steering | None) -> str:
 
 def save(result: Any, out: str | os.PathLike, name: str) -> None:
     """A study's result as text and as JSON, in the directory `out`."""
-
-    def plain(x):
-        if isinstance(x, np.ndarray):
-            return plain(x.tolist())
-        if isinstance(x, dict):
-            return {key: plain(value) for key, value in x.items()}
-        if isinstance(x, list | tuple):
-            return [plain(value) for value in x]
-        return None if isinstance(x, float) and math.isnan(x) else x
-
     text = json.dumps(plain(dataclasses.asdict(result)), indent=1, allow_nan=False)
     files.write_atomically(pathlib.Path(out) / f"{name}.txt", f"{result}\n".encode())
     files.write_atomically(pathlib.Path(out) / f"{name}.json", f"{text}\n".encode())
+
+
+def plain(x: Any) -> Any:
+    """For JSON, which has no arrays and no NaN."""
+    if isinstance(x, np.ndarray):
+        return plain(x.tolist())
+    if isinstance(x, dict):
+        return {key: plain(value) for key, value in x.items()}
+    if isinstance(x, list | tuple):
+        return [plain(value) for value in x]
+    return None if isinstance(x, float) and math.isnan(x) else x
 
 
 def numbers(array: np.ndarray) -> list[float | None]:
