@@ -382,7 +382,7 @@ def test_any_text_is_a_program(code, status, says):
 
 @needs_bwrap
 def test_limits():
-    late = sandbox.run("print('before')\nimport time\ntime.sleep(60)", seconds=0.5)
+    late = sandbox.run("print('before')\nimport time\ntime.sleep(60)", seconds=1.0)
     assert (late.output, late.status, late.stopped) == ("before\n", 128 + signal.SIGKILL, "time")
 
     hold = "block = b'x' * ({} << 20)\nimport time\ntime.sleep({})\nprint('held')"
@@ -396,9 +396,14 @@ def test_limits():
         done = sandbox.run(f"print('x' * {sandbox.OUTPUT - 1 + more})")
         assert (done.stopped, len(done.output)) == (("", "output")[more], sandbox.OUTPUT)
     assert sandbox.run("open('big', 'wb').write(b'x' * (20 << 20))").output.count("OSError") == 1
-    for n in (50, 100):
-        threads = f"import threading, time\nthreading.stack_size(1 << 18)\nfor _ in range({n}):\n    threading.Thread(target=time.sleep, args=(0.5,)).start()"
-        assert sandbox.run(threads).stopped == ("" if n == 50 else "processes")
+    threads = """
+import threading, time
+threading.stack_size(1 << 18)
+for _ in range({}):
+    threading.Thread(target=time.sleep, args=({},)).start()
+"""
+    assert sandbox.run(threads.format(50, 0.3)).stopped == ""
+    assert sandbox.run(threads.format(100, 30)).stopped == "processes"
 
 
 @needs_bwrap
@@ -452,7 +457,7 @@ os.chmod("kept", 0o400)
         "kept": "kept € \n", "edited.py": "edited.py € \nmore ü", "long": "x" * sandbox.TEXT, "binary": "\ufffd\0",
         "locked": "locked € \n",
     }  # fmt: skip
-    stopped = sandbox.run("open('a', 'w').write('new')\nwhile True: pass", seconds=0.5, files={"a": "old"})
+    stopped = sandbox.run("open('a', 'w').write('new')\nwhile True: pass", seconds=1.0, files={"a": "old"})
     assert (stopped.stopped, stopped.files) == ("time", {"a": "new"})
 
 
