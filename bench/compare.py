@@ -15,7 +15,8 @@ stands at the top of its file in bench/peers/. The rules, enforced here and stor
   are so near; generated tokens must be the same up to a near tie, where the reference's logits of both choices, after the tokens
   agreed on, differ by no more than twice the bound. Later runs must repeat the tokens, and the rest within the bound.
   Who fails is reported as WRONG with the difference, and not timed.
-- Peak memory is the process's resident peak during the runs; on GPUs the allocator's, for JAX since the process began.
+- Peak memory is the process's resident peak during the runs, with programs compiled for earlier works, but without what those left in
+  the allocator; on GPUs the allocator's, for JAX since the process began.
 
 Results go to bench/results/compare-DEVICE.json, a line to bench/LOG.md. What was interrupted goes on where it was: finished works with
 the same code and settings lie in build/bench/parts. `--readme` writes the README's table from the results. It takes a quiet machine.

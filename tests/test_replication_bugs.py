@@ -35,7 +35,7 @@ def test_a_vector_on_both_options_is_another_thing(lm, vectors):
     assert first.stop <= second.start, "no token of the one is the other's"
     begun = preference.begin(lm, [pair])
     whole, *one = (
-        preference.odds(lm, [pair], begun, [vectors.steer("a", 0.1, [LAST], tokens=at)])[0]
+        preference.odds(lm, [pair], begun, [vectors.steer("a", 0.5, [1], tokens=at)])[0]
         for at in ("all", first, second)
     )
     plain = preference.odds(lm, [pair], begun)[0]
