@@ -2,8 +2,8 @@
 
 Prompts are read a few at a time, sorted by length, and wait; a row that is done gives them its place inside the loop (see
 `generate.decode`). Jobs that differ in samples, or in what acts after the prompt, share one reading of the prompt; prompts share that
-of the beginning they have in common, and conditions that of the blocks below all that is steered. All shapes are those of the whole set of jobs, so that what is left to do of
-it gives the same numbers.
+of the beginning they have in common, and conditions that of the blocks below all that is steered. All shapes are those of the whole set
+of jobs, so that what is left to do of it gives the same numbers.
 """
 
 import dataclasses

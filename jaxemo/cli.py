@@ -221,7 +221,7 @@ def _parser() -> argparse.ArgumentParser:
 
     sub = command("study", _study, "ask what a model does when a direction is turned up and down, beside controls")
     sub.add_argument("study", help="forced-choice, dilemma, sycophancy, harshness, preference, prediction, text, post-training, "
-                     "impossible-code, or all (but the last, which takes hours)")  # fmt: skip
+                     "impossible-code, or all (but the last, by far the longest)")  # fmt: skip
     model(sub)
     sub.add_argument("--vectors", required=True, help="file made by `jaxemo extract`")
     sub.add_argument("--layers", type=_numbers, help="layers to steer, for example 15-25 (a band past the middle)")

@@ -351,10 +351,12 @@ def forward(
     )
     carry = (x, cache, captured)
     if stacked:
-        inputs = np.arange(config.n_layers), pattern, params["layers"], *per_layer
-        if layers is not None:
-            inputs = jax.tree.map(lambda leaf: leaf[first:last], inputs)
-        carry, _ = lax.scan(block, carry, inputs)
+        every = jnp.arange(config.n_layers), jnp.asarray(pattern), params["layers"], *per_layer
+
+        def pick(carry, i):  # a slice of the stacked weights would be a copy of them
+            return block(carry, jax.tree.map(lambda leaf: lax.dynamic_index_in_dim(leaf, i, keepdims=False), every))
+
+        carry, _ = lax.scan(block, carry, every) if layers is None else lax.scan(pick, carry, jnp.arange(first, last))
     else:
         for i in range(first, last):
             own = jax.tree.map(lambda leaf, i=i: leaf[i], per_layer)

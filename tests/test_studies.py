@@ -229,6 +229,23 @@ def test_studies_are_run_by_name_and_summed_up(lm, vectors, situations, tmp_path
         battery.run(lm, vectors, tmp_path, ["forced-choice"], (LAST,), 0.1, progress=False)
 
 
+def test_the_strength_is_found_once_for_all_studies_and_of_one_model(lm, vectors, tmp_path, monkeypatch):
+    found = []
+    want = arms.Strength(0.1, 0.05, (LAST,), (0.05, 0.1), (0.01, 0.02), (0.03, float("nan")))
+    monkeypatch.setattr(arms, "calibrate", lambda *args: found.append(args[2]) or want)
+    path = tmp_path / "strength.json"
+    for _ in range(2):
+        assert str(battery._strength(lm, vectors, path, (LAST,), None)) == str(want)
+    assert found == [vectors.names], "none of the usual emotions is here"
+    assert battery._strength(lm, vectors, path, (LAST,), 0.3) == arms.Strength(0.3, 0.3, (LAST,))
+    with pytest.raises(ValueError, match="of other weights, directions or layers"):
+        battery._strength(lm, vectors, path, (1, LAST), None)
+    with pytest.raises(ValueError, match="the strength given is of layers"):
+        arms.chosen(lm, vectors, (), (1,), want)
+    with pytest.raises(ValueError, match="give the base"):
+        battery.run(lm, vectors, tmp_path, ["post-training"])
+
+
 # ---- statistics ----------------------------------------------------------------------------------------------------------
 
 

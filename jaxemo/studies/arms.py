@@ -61,9 +61,8 @@ class Strength:
         )
 
 
-Given = (
-    Strength | float | None
-)  # what a study may be told: a number is for emotions and random directions alike, None to calibrate
+# What a study may be told: a number is for emotions and random directions alike, None to calibrate.
+Given = Strength | float | None
 
 
 def band(n_layers: int) -> tuple[int, ...]:
@@ -105,6 +104,8 @@ def chosen(
 ) -> Strength:
     """The layers, by default `band`'s, and the strength: the one given, for random directions too, or the largest in the budget."""
     if isinstance(strength, Strength):
+        if layers is not None and tuple(layers) != strength.layers:
+            raise ValueError(f"layers {list(layers)}, but the strength given is of layers {list(strength.layers)}")
         return strength
     layers = band(lm.config.n_layers) if layers is None else tuple(layers)
     return calibrate(lm, vectors, emotions, layers) if strength is None else Strength(strength, strength, layers)

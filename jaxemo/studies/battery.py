@@ -50,7 +50,7 @@ def run(
     progress: bool = True,
 ) -> list[Any]:
     """Run the studies `names`, by default all that fit: prediction needs a chat template, post-training the `base` model that `lm` was
-    made from, and impossible-code, which takes hours, is to be named.
+    made from, and impossible-code, which is by far the longest, is to be named.
 
     Measurements and results are kept in the directory `out`, where a killed run is taken up again; the strength, found once for all
     studies, and the irrelevant directions, made from the starter corpus, too. Raises ValueError for an unknown study, for
