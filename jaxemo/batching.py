@@ -8,6 +8,7 @@ of jobs, so that what is left to do of it gives the same numbers.
 
 import dataclasses
 import functools
+import hashlib
 import itertools
 from collections.abc import Collection, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -104,7 +105,7 @@ class _Run:
     def _below(self, spec, length, turns, stop):
         """What `spec` does to the tokens before position `stop`, as something to compare."""
         return spec is not None and spec.keep_norm, tuple(
-            (e.directions.tobytes(), e.a.tobytes(), e.b.tobytes(), e.span.start, min(e.span.stop, stop))
+            (_digest(e.directions, e.a, e.b), e.span.start, min(e.span.stop, stop))
             for e in self.acts(spec, length, turns)
             if e.span.start < stop and (e.a.any() or e.b.any())
         )
@@ -202,7 +203,7 @@ class _Run:
             first = None
             if self.common:
                 one_each = self._full([self.jobs[members[0]] for members in chunk])
-                under = self.under([one_each[0].prompt]) if self.split else None  # they begin alike
+                under = self.under([one_each[0].prompt[: self.common]]) if self.split else None  # they begin alike
                 first = self.prefill(one_each, slots, shared, upto=self.common, under=under)[1]
             alike: dict[Any, list[tuple[int, int]]] = {}  # jobs whose prompts are one reading
             for number, members in enumerate(chunk):
@@ -334,6 +335,13 @@ class _Run:
                 ahead = queue, jnp.asarray(there)
         if ahead is not None:
             yield *ahead, True
+
+
+def _digest(*arrays: np.ndarray) -> bytes:
+    digest = hashlib.sha256()
+    for array in arrays:
+        digest.update(np.ascontiguousarray(array).tobytes())
+    return digest.digest()
 
 
 def _batched(items, n: int):

@@ -220,8 +220,8 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("-o", "--out", help="page to write its figures on")
 
     sub = command("study", _study, "ask what a model does when a direction is turned up and down, beside controls")
-    sub.add_argument("study", help="forced-choice, dilemma, sycophancy, harshness, preference, prediction, text, post-training, "
-                     "impossible-code, or all (but the last, by far the longest)")  # fmt: skip
+    sub.add_argument("study", help="one or several, separated by commas, of forced-choice, dilemma, sycophancy, harshness, preference, "
+                     "prediction, text, post-training, impossible-code, or all (but the last, by far the longest)")  # fmt: skip
     model(sub)
     sub.add_argument("--vectors", required=True, help="file made by `jaxemo extract`")
     sub.add_argument("--layers", type=_numbers, help="layers to steer, for example 15-25 (a band past the middle)")
@@ -533,7 +533,8 @@ def _study(args):
     from jaxemo.report import studies as report
     from jaxemo.studies import battery
 
-    names = None if args.study == "all" else (args.study,)
+    begin = time.monotonic()
+    names = None if args.study == "all" else args.study.split(",")
     vectors, lm = _vectors(args, "steering"), _load(args)
     base = args.base and jaxemo.load(args.base, dtype=args.dtype)
     base_vectors = args.base_vectors and jaxemo.EmotionVectors.load(args.base_vectors)
@@ -543,7 +544,10 @@ def _study(args):
     ):
         print(f"\n{result}")
     page = report.write(place, place / "report.html").resolve()
-    print(f"\n{(place / 'summary.txt').read_text()}\nAll of it is in {page.parent}; {page} shows it")
+    minutes = (time.monotonic() - begin) / 60
+    print(
+        f"\n{(place / 'summary.txt').read_text()}\nAll of it, in {minutes:.0f} minutes, is in {page.parent}; {page} shows it"
+    )
 
 
 def _corpus(args):

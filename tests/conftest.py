@@ -1,5 +1,8 @@
 """What the tests share: tiny random models, one tolerance, a counter of compilations."""
 
+import dataclasses
+import pathlib
+
 import hypothesis
 import jax
 import jax.monitoring
@@ -121,6 +124,26 @@ def either(request, tiny, tiny_stacked):
 def weights(tiny):
     """The weights of `tiny` in float64, for the oracle."""
     return oracle.as_float64(tiny.params)
+
+
+@pytest.fixture(scope="session")
+def lm():
+    """A model that was written by other code, with its tokenizer and chat template, and with room for a chat."""
+    golden = jaxemo.load(pathlib.Path(__file__).parent / "golden" / "gqa_tied.gguf")
+    config = dataclasses.replace(golden.config, max_positions=512)
+    return jaxemo.LanguageModel(config, golden.params, golden.tokenizer, "tiny")
+
+
+@pytest.fixture(scope="session")
+def random_vectors():
+    """Directions by their names, in a model whose residual streams have `norms`, one for all layers or one for each."""
+
+    def make(lm, names, norms=3.0):
+        L, draw = lm.config.n_layers, np.random.default_rng(0).standard_normal
+        directions = {name: draw((L, lm.config.d_model)) for name in names}
+        return jaxemo.EmotionVectors.from_directions(directions, np.broadcast_to(np.asarray(norms, np.float64), L))
+
+    return make
 
 
 @pytest.fixture(scope="session")

@@ -26,10 +26,8 @@ def lm():
 
 
 @pytest.fixture(scope="module")
-def vectors(lm):
-    draw = np.random.default_rng(0).standard_normal
-    L, D = lm.config.n_layers, lm.config.d_model
-    return jaxemo.EmotionVectors.from_directions({n: draw((L, D)) for n in ("a", "b", "c")}, np.full(L, 3.0))
+def vectors(lm, random_vectors):
+    return random_vectors(lm, "abc")
 
 
 @pytest.fixture(scope="module")
@@ -98,6 +96,15 @@ def test_a_text_depends_on_nothing_that_shares_the_loop(lm, vectors, conditions)
     moved = sweep(lm, conditions, [PROMPTS[p] for p in shuffled], **how)
     for name in ("tokens", "logprobs", "scores"):
         np.testing.assert_array_equal(getattr(whole, name)[:, shuffled], getattr(moved, name))
+
+
+def test_what_prompts_share_is_read_alike_whichever_of_them_comes_first(lm, vectors):
+    """Also in the blocks below all that is steered: to the bit, with prompts of very different lengths."""
+    steered = {f"{name} {x}": vectors.steer(name, x, layers=[2]) for name in "abc" for x in (0.2, -0.3)}
+    mixed = [BEGIN + "x" * n for n in (1, 30, 9, 20, 2, 35)]
+    how = {"max_new_tokens": 0, "words": ("a", "b")}
+    first, last = sweep(lm, steered, mixed, **how), sweep(lm, steered, mixed[::-1], **how)
+    np.testing.assert_array_equal(first.words, last.words[:, ::-1])
 
 
 def test_samples_are_paired_across_conditions_and_differ(lm, vectors):

@@ -39,10 +39,8 @@ def lm():
 
 
 @pytest.fixture(scope="module")
-def vectors(lm):
-    draw, L = np.random.default_rng(0).standard_normal, lm.config.n_layers
-    names = {name: draw((L, lm.config.d_model)) for name in ("desperate", "calm")}
-    return jaxemo.EmotionVectors.from_directions(names, np.full(L, 3.0))
+def vectors(lm, random_vectors):
+    return random_vectors(lm, ("desperate", "calm"))
 
 
 def block(code: str) -> str:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from jaxemo.emotions import corpus
-from jaxemo.studies import prediction, records
+from jaxemo.studies import prediction, records, statistics
 
 E, N = 12, 144
 
@@ -47,7 +47,7 @@ def test_the_partial_correlation_is_that_of_the_textbook():
     x, y = x + z, y + z + 0.5 * x
     xy, xz, yz = np.corrcoef(x, y)[0, 1], np.corrcoef(x, z)[0, 1], np.corrcoef(y, z)[0, 1]
     want = (xy - xz * yz) / np.sqrt((1 - xz**2) * (1 - yz**2))
-    assert prediction.partial(x[:, None], y[:, None], z[:, None]) == pytest.approx(want)
+    assert statistics.partial(x[:, None], y[:, None], z[:, None]) == pytest.approx(want)
 
 
 def test_shipped_messages_imply_twelve_emotions_and_ask_for_replies_of_both_kinds():

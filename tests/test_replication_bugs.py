@@ -1,11 +1,8 @@
 """The bugs on which public replications failed, by a test each that would have found it."""
 
-import dataclasses
-
 import numpy as np
 import pytest
 
-import jaxemo
 from jaxemo.studies import arms, choices, preference
 from jaxemo.studies.choices import Choice
 
@@ -13,33 +10,23 @@ LAST = 2
 
 
 @pytest.fixture(scope="module")
-def lm():
-    tiny = jaxemo.load("tests/golden/gqa_tied.gguf")
-    return jaxemo.LanguageModel(
-        dataclasses.replace(tiny.config, max_positions=512), tiny.params, tiny.tokenizer, "tiny"
-    )
+def vectors(lm, random_vectors):
+    return random_vectors(lm, "ab", [3.0, 30.0, 300.0])
 
 
-@pytest.fixture(scope="module")
-def vectors(lm):
-    draw, L = np.random.default_rng(0).standard_normal, lm.config.n_layers
-    names = {name: draw((L, lm.config.d_model)) for name in ("a", "b")}
-    return jaxemo.EmotionVectors.from_directions(names, np.array([3.0, 30.0, 300.0]))
-
-
-def test_a_vector_on_both_options_is_another_thing(lm, vectors):
+def test_a_vector_on_both_options_is_another_thing(lm, vectors, tmp_path):
     """Where both options are steered alike, what is left is not the preference for the one."""
     pair = ("walk by the river", "sort old bills")
     (ids,) = preference.prompts(lm, [pair])
     first, second = (preference.place(lm, ids, option) for option in pair)
     assert first.stop <= second.start, "no token of the one is the other's"
-    begun = preference.begin(lm, [pair])
-    whole, *one = (
-        preference.odds(lm, [pair], begun, [vectors.steer("a", 0.5, [1], tokens=at)])[0]
-        for at in ("all", first, second)
-    )
-    plain = preference.odds(lm, [pair], begun)[0]
-    assert len({round(float(x), 5) for x in (plain, whole, *one)}) == 4, "each is told from the others"
+    conditions = {"plain": None, "whole": vectors.steer("a", 0.5, [1])}
+    (plain, _), (whole, _) = preference.odds(lm, [pair], conditions, tmp_path / "all.jsonl", progress=False).values()
+    one = [
+        preference.odds(lm, [pair], conditions, tmp_path / f"{i}.jsonl", [option], progress=False)["whole"][0]
+        for i, option in enumerate(pair)
+    ]
+    assert len({round(float(x[0]), 5) for x in (plain, whole, *one)}) == 4, "each is told from the others"
 
 
 def test_padding_changes_no_odds(lm, vectors, tmp_path):

@@ -12,7 +12,6 @@ import scipy.stats
 from test_report import Page, check_loads_nothing, check_whole
 from test_report_page import section
 
-import jaxemo
 from jaxemo.report import chart, studies
 from jaxemo.report.figures import percent, signed
 from jaxemo.studies import arms, battery, choices, prediction, preference, statistics, store
@@ -54,10 +53,11 @@ def planted(out, name, claims, slopes, base=0.0, cost=0.0, seed=0):
         if arm.kind in ("matched", "irrelevant"):
             odds["letter"][:] = np.nan
         fluency = np.where(np.isnan(odds["continuation"]), np.nan, -2.0 - cost * (arm.kind != "none"))
-        found[arm.name] = odds | {"fluency": fluency, "lengths": np.tile([5.0, 5.0], (2 * N, 1))}
+        valid = np.where(np.isnan(odds["letter"]), np.nan, 0.8)
+        found[arm.name] = odds | {"fluency": fluency, "valid": valid, "lengths": np.tile([5.0, 5.0], (2 * N, 1))}
     lines = [{"study": {"weights": "w", "choices": name}}]
     for arm, of in found.items():
-        record = {key: store.numbers(of[key]) for key in (*choices.READINGS, "fluency")}
+        record = {key: store.numbers(of[key]) for key in (*choices.READINGS, "fluency", "valid")}
         lines.append({"arm": arm, "steering": "x"} | record | {"lengths": of["lengths"].tolist()})
     (out / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     result = choices.judge(name, MODEL, situations, claims, made, found, arms.Strength(0.1, 0.05, (3, 4)))
@@ -65,25 +65,18 @@ def planted(out, name, claims, slopes, base=0.0, cost=0.0, seed=0):
     return result, found, own
 
 
-def preferred(out, seed=0):
-    """A preference result and its measurements; steering moves odds as readings say, and random directions by known amounts."""
-    rng, n, names = np.random.default_rng(seed), 12, ("happy", "calm", "afraid", "never steered")
+def preferred(out):
+    """A preference result; steering moves odds as readings say, and random directions by known amounts."""
+    n, names = 12, ("happy", "calm", "afraid", "never steered")
     worth, r = np.linspace(1.5, -1.5, n), np.array([0.6, 0.3, -0.7, np.nan])
-    size = {"happy": 0.5, "calm": 0.2, "afraid": -0.6} | {f"random-{i}": 0.1 * (-1) ** i for i in range(20)}
-    size |= {f"random-{i}, matched": 0.03 for i in range(20)}
-    plain = rng.standard_normal(n * preference.OPPONENTS)
-    lines = [{"study": {"seed": 0}}]
-    for direction, dose in [("", 0), *((d, s) for d in size for s in (-1, 1))]:
-        moved = plain + dose * size.get(direction, 0)
-        name = f"{direction} {dose:+g}" if dose else "none"
-        lines.append({"arm": name, "odds": np.stack([moved + 0.3, 0.3 - moved], 1).ravel().tolist()})
-    (out / "preference.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    size = {"happy": 0.5, "calm": 0.2, "afraid": -0.6}
     effects = {
         name: statistics.Effect(size[name], size[name] - 0.1, size[name] + 0.1, n, 0.004, 1 / 21) for name in names[:3]
     }
     result = preference.Preference(
-        MODEL.source, tuple(f"activity {i}" for i in range(n)), ("rest", "learning", "unsafe") * 4, worth, worth - 0.2, worth + 0.2, 0.61,
-        names, r, 2, 0.031, "strength 0.1 at layers 3 to 4, given", effects, 0.28, (0.99, 0.5, 1.0),
+        MODEL.source, tuple(f"activity {i}" for i in range(n)), ("rest", "learning", "unsafe") * 4, worth, worth - 0.2, worth + 0.2, 0.61, 0.9,
+        names, r, 2, 0.031, 0.1, -0.68, "strength 0.1 at layers 3 to 4, given", effects, {"random": 0.1, "matched": 0.03}, (), 0.28,
+        (0.99, 0.5, 1.0),
         {"readings go with preference": "replicates", "steering moves preference as readings say": "replicates"},
     )  # fmt: skip
     store.save(result, out, "preference")
@@ -239,8 +232,6 @@ def test_a_study_of_which_nothing_was_left_has_no_figure_but_says_why(parsed, ma
 def test_preference_shows_its_emotions_and_activities(parsed, place, made):
     result, said = made["preference"], section(parsed, "preference")
     titles = [e["text"] for e in parsed.all("title")]
-    measured = next(study for study in studies.load(place) if study.name == "preference").measured
-    assert studies.by_chance(measured, len(result.activities)) == pytest.approx(0.1), "the kind that moves more"
     for name, effect in result.effects.items():
         r = signed(result.r[result.names.index(name)])
         assert tidied(f"{name}{r}{effect.interval}0.004") in said
@@ -377,17 +368,12 @@ def test_the_same_directory_gives_the_same_page(place, text):
     assert studies.write(str(place), str(place / "again.html")).read_text(encoding="utf-8") == text
 
 
-def test_studies_as_they_are_really_run_are_read(tmp_path, monkeypatch):
+def test_studies_as_they_are_really_run_are_read(lm, random_vectors, tmp_path, monkeypatch):
     """The files of runs on a tiny model, and the scales that effects were judged by, told from the effects detectable."""
-    tiny = jaxemo.load("tests/golden/gqa_tied.gguf")
-    lm = jaxemo.LanguageModel(dataclasses.replace(tiny.config, max_positions=512), tiny.params, tiny.tokenizer, "tiny")
-    L, draw = lm.config.n_layers, np.random.default_rng(0).standard_normal
-    vectors = jaxemo.EmotionVectors.from_directions(
-        {name: draw((L, lm.config.d_model)) for name in ("desperate", "calm", "happy")}, np.full(L, 3.0)
-    )
+    vectors = random_vectors(lm, ("desperate", "calm", "happy"))
     situations = [Choice(s, f"Say {s}.", "aabba", "zyxzy") for s in ("one", "two", "three", "x")]
     situations += [Choice(f"{c.id}, twin", f"Do {c.id}.", c.this, c.that, c.id) for c in situations]
-    options = {"layers": (L - 1,), "strength": 0.1, "progress": False}
+    options = {"layers": (lm.config.n_layers - 1,), "strength": 0.1, "progress": False}
     choices.study("dilemma", lm, vectors, situations, CLAIMS, tmp_path, **options)
     items = [
         {"id": f"{i}", "kind": "ab"[i % 2], "text": t}
@@ -398,8 +384,12 @@ def test_studies_as_they_are_really_run_are_read(tmp_path, monkeypatch):
     answers = {text: odds for odds, text in enumerate(item["text"] for item in items)}
     noise = np.random.default_rng(1)
 
-    def odds(lm, pairs, *_, **__):
-        return np.array([answers[b] - answers[a] for a, b in pairs]) + 0.1 * noise.standard_normal(len(pairs))
+    def odds(lm, pairs, conditions, *_, **__):
+        moved = np.array([answers[b] - answers[a] for a, b in pairs])
+        return {
+            name: np.stack([moved + 0.1 * noise.standard_normal(len(pairs)), np.ones(len(pairs))])
+            for name in conditions
+        }
 
     monkeypatch.setattr(preference, "odds", odds)
     preference.study(lm, vectors, tmp_path, emotions=vectors.names, activities=items, **options)
@@ -414,7 +404,6 @@ def test_studies_as_they_are_really_run_are_read(tmp_path, monkeypatch):
     assert choice.result.detectable["continuation"] / studies.scale(
         choice.result, "continuation", response
     ) == pytest.approx(times(4))
-    rms = studies.by_chance(preferring.measured, len(items))
-    assert preferring.result.detectable / rms == pytest.approx(times(3))
+    assert preferring.result.detectable / max(preferring.result.chance.values()) == pytest.approx(times(3))
     parsed = Page(studies.write(tmp_path, tmp_path / "r.html").read_text(encoding="utf-8"))
     assert [e["id"] for e in parsed.all("section")] == ["conclusions", "missing", "dilemma", "preference"]

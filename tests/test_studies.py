@@ -1,7 +1,6 @@
 """Studies: statistics that find what is there and not what is not, choices read right, planted effects and planted nulls."""
 
 import collections
-import dataclasses
 import json
 
 import numpy as np
@@ -18,13 +17,6 @@ LAST = 2  # the last block
 THIS, THAT = "aabba", "zyxzy"  # of different letters, so that one direction tells them apart
 SITUATIONS = ("one", "another here", "the third of them", "x", "fifth", "six six six", "more to do", "the end")
 CLAIMS = (Claim("more planted, more of that", "planted", +1), Claim("more null, more of that", "null", +1))
-
-
-@pytest.fixture(scope="module")
-def lm():
-    tiny = jaxemo.load("tests/golden/gqa_tied.gguf")
-    config = dataclasses.replace(tiny.config, max_positions=512)
-    return jaxemo.LanguageModel(config, tiny.params, tiny.tokenizer, "tiny")
 
 
 @pytest.fixture(scope="module")
@@ -113,19 +105,24 @@ def test_letters_are_asked_for_in_both_orders():
     assert choices.asked(choice, "continuation") == ("What now?", ["this", "that"])
 
 
-def test_the_odds_by_letter_are_the_mean_over_both_orders(lm, vectors, situations, tmp_path):
+def test_the_odds_by_letter_are_the_mean_over_both_orders(lm, vectors, situations, tmp_path, monkeypatch):
     """So that what only moves a letter, A or B, moves them up in one order and down in the other."""
+    monkeypatch.setattr(choices, "LETTERED", 3)  # of eight, every third
     made = [arm for arm in arms.make(vectors, ["null"], strength(0.5), random=1) if arm.name in ("none", "null +1")]
     found = choices.measure(lm, situations, made, tmp_path / "m.jsonl", progress=False)
-    odds = []
+    odds, valid = [], []
     for swapped in (False, True):
         prompt, _ = choices.asked(situations[0], "letter", swapped)
         a, b = np.asarray(lm.continuations([[{"role": "user", "content": prompt}]], [["A", "B"]], made[1].steering)[0])[
             0
         ]
         odds.append(a - b if swapped else b - a)  # of what stands at THAT's letter
-    assert found["null +1"]["letter"][0] == pytest.approx(np.mean(odds), abs=1e-4)
-    assert np.isnan(found["null +1"]["letter"][1])
+        valid.append(np.exp(a) + np.exp(b))
+    read = found["null +1"]
+    assert read["letter"][0] == pytest.approx(np.mean(odds), abs=1e-4)
+    assert read["valid"][0] == pytest.approx(np.mean(valid), abs=1e-6)
+    for key in ("letter", "valid"):
+        assert np.flatnonzero(np.isfinite(found["none"][key])).tolist() == [0, 3, 6, 8, 11, 14], "each with its twin"
 
 
 # ---- planted effects -----------------------------------------------------------------------------------------------------
@@ -161,6 +158,14 @@ def test_doses_that_break_the_text_are_dropped_openly(lm, vectors, situations, t
     result = run(lm, vectors, situations, tmp_path, strength=30.0)
     assert result.dropped and "falls apart" in str(result)
     assert {row.verdict.partition(":")[0] for row in result.rows} == {"uninformative"}
+
+
+def test_a_dose_that_leaves_no_letters_for_an_answer_is_dropped(lm, vectors, situations, tmp_path):
+    made = arms.make(vectors, vectors.names, strength(0.1))
+    found = choices.measure(lm, situations, made, tmp_path / "m.jsonl", progress=False)
+    found["planted +1"]["valid"] = found["planted +1"]["valid"] * 0.4
+    result = choices.judge("test", lm, situations, CLAIMS, made, found, strength(0.1))
+    assert result.dropped == ("planted +1",)
 
 
 def test_a_study_goes_on_where_it_was_killed_and_refuses_anothers_measurements(lm, vectors, situations, tmp_path):

@@ -1,7 +1,6 @@
 """Free text: tone told by words, texts that fall apart dropped openly, planted effects found with their sign and nulls not, kills resumed."""
 
 import collections
-import dataclasses
 import json
 
 import numpy as np
@@ -19,14 +18,6 @@ LAST, P = 2, 24
 WORDS = ["tin", "cat", "map", "oar", "bus", "key", "hat", "jar", "cup", "fog", "elm", "bay", "sea", "ink", "oak", "log"]
 ITEMS = [{"kind": "question", "text": f"What about the {word}?"} for word in WORDS]
 HAPPY, SAD = (" the", " of", " in", " or"), (" an", " is", " it", " at")  # each a token of the tiny model, or nearly
-
-
-@pytest.fixture(scope="module")
-def lm():
-    tiny = jaxemo.load("tests/golden/gqa_tied.gguf")
-    return jaxemo.LanguageModel(
-        dataclasses.replace(tiny.config, max_positions=512), tiny.params, tiny.tokenizer, "tiny"
-    )
 
 
 @pytest.fixture(scope="module")

@@ -97,7 +97,7 @@ def _study(place: pathlib.Path, name: str) -> Study:
         ) from error
     measured: dict[str, dict[str, Any]] = {}
     note = ""
-    if isinstance(result, choices.Result | preference.Preference):
+    if isinstance(result, choices.Result):
         measured, note = _measured(place / f"{name}.jsonl")
     tidied = tuple(tuple(_tidy(part) for part in row) for row in claims)
     return Study(name, str(saved.get("model") or saved.get("post") or ""), result, tidied, printed, measured, note)
@@ -361,23 +361,6 @@ def _at(found: Response, name: str, dose: float) -> str:
 # ---- preference and prediction ------------------------------------------------------------------------------------------
 
 
-def by_chance(measured: Mapping[str, Mapping[str, Any]], activities: int) -> float:
-    """The root mean square effect of the random directions that preference's effects were judged by."""
-
-    def own(name: str) -> np.ndarray:
-        both = np.array(measured[name]["odds"], np.float64).reshape(activities, preference.OPPONENTS, 2)
-        return ((both[:, :, 0] - both[:, :, 1]) / 2).mean(1)
-
-    effects: dict[str, list[float]] = {}
-    for name in measured:
-        direction, _, dose = name.rpartition(" ")
-        if direction.startswith("random-") and dose == "+1" and f"{direction} -1" in measured:
-            kind = "matched" if direction.endswith(", matched") else "random"
-            slopes = statistics.slopes([-1, 0, 1], np.stack([own(f"{direction} -1"), own("none"), own(name)]))
-            effects.setdefault(kind, []).append(float(slopes.mean()))
-    return max((float(np.sqrt(np.mean(np.square(of)))) for of in effects.values()), default=float("nan"))
-
-
 def agreement(result: preference.Preference, rms: float) -> Markup:
     """Each emotion's effect when steered, against how its reading goes with worth."""
     names = list(result.effects)
@@ -483,7 +466,7 @@ def render(found: Sequence[Study], missing: Mapping[str, str]) -> str:
         if isinstance(r, choices.Result):
             shown[study.name] = _choices(study, r)
         elif isinstance(r, preference.Preference):
-            rms = by_chance(study.measured, len(r.activities)) if study.measured else float("nan")
+            rms = max(r.chance.values(), default=float("nan"))
             order = sorted(range(len(r.activities)), key=lambda i: -r.worth[i])
             shown[study.name] = {
                 "agreement": agreement(r, rms),

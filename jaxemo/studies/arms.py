@@ -19,6 +19,7 @@ from jaxemo.steering import Steering
 
 DOSES = (-1.0, -0.5, 0.5, 1.0)
 RANDOM = 20
+OTHER = 6  # directions of topics, and as many of shuffled labels
 GRID = (0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4)  # strengths tried
 BUDGET = 0.1  # nats of a neutral text's token
 
@@ -150,7 +151,8 @@ def calibrate(
 def irrelevant(
     lm: LanguageModel, of: corpus.Corpus | None = None, layers="all", seed: int = 0, progress: bool = True
 ) -> EmotionVectors:
-    """Directions made as the emotions' are, from the same stories, but of their topics and of labels dealt out by chance."""
+    """Directions made as the emotions' are, from the same stories, but of their topics and of labels dealt out by chance; `OTHER` of
+    each."""
     of = of or corpus.starter()
     topics = tuple(corpus.Story(f"topic {s.topic}", s.topic, s.text) for s in of.stories)
     dealt = np.random.default_rng(seed).permutation([s.emotion for s in of.stories]).tolist()
@@ -158,12 +160,13 @@ def irrelevant(
     shuffled = tuple(
         corpus.Story(labels[name], s.topic, s.text) for name, s in zip(dealt, of.stories, strict=True) if name in labels
     )
-    first, second = (
+    both = (
         extraction.extract(
             lm, dataclasses.replace(of, name=f"{of.name}, {what}", stories=stories), layers=layers, progress=progress
         )
         for what, stories in (("by topic", topics), ("shuffled", shuffled))
     )
+    first, second = (vectors.select(vectors.names[:OTHER]) for vectors in both)
     joined = (
         np.concatenate([getattr(first, name), getattr(second, name)], 1)
         for name in ("directions", "neutral_mean", "neutral_std")

@@ -1,9 +1,9 @@
 """Studies that read a choice between two ways to go on as a log-odds, under every arm, with no text generated.
 
 Each choice is read as a *continuation*: the log-probability of the one answer less that of the other, in the assistant's own turn. And
-every second one also by *letter*: both are listed in the question, in both orders, and the letters' log-odds are averaged, so that
-neither place nor letter counts; that takes three times as long, and matched and irrelevant directions are spared it. Both options are
-read under the same steering, or the difference would be the push itself.
+some also by *letter*: both are listed in the question, in both orders, and the letters' log-odds are averaged, so that neither place
+nor letter counts; matched and irrelevant directions are spared it. Both options are read under the same steering, or the difference
+would be the push itself.
 """
 
 import dataclasses
@@ -27,7 +27,11 @@ from jaxemo.studies import statistics, store
 from jaxemo.studies.arms import Arm
 
 READINGS = ("continuation", "letter")
+LETTERED = (
+    20  # situations, at most and spread evenly, that are also read by letter, which takes two longer questions each
+)
 COHERENT = 0.5  # nats that a token of the options may cost more than unsteered; a dose that costs more is dropped
+VALID = 0.5  # of the probability that the two letters have unsteered; a dose that leaves less is dropped
 SATURATED = 0.95  # where as many unsteered choices fall on one side, there is no room for a rate to move
 
 
@@ -133,7 +137,8 @@ def measure(
     progress: bool = True,
 ) -> dict[str, dict[str, np.ndarray]]:
     """For every arm: the log-odds `[n]` of `that` over `this` by each reading, the mean log-probability `[n]` of a token of the
-    options, and their lengths `[n, 2]`. NaN is what was not read: twins are read under "none" and emotions alone.
+    options ("fluency"), the probability `[n]` that an answer is one of the letters ("valid"), and the options' lengths `[n, 2]`. NaN is
+    what was not read: twins are read under "none" and emotions alone.
 
     `out` is a JSONL file with a line for each arm; the same call goes on where a killed one was. Raises ValueError for an `out` of
     other choices, weights or steering.
@@ -151,7 +156,7 @@ def measure(
     found = store.measure(out, by, {name: arm.steering for name, arm in of.items()},
                           lambda name: _read(lm, choices, batches, begun, of[name]), progress)  # fmt: skip
     return {
-        name: {key: np.array(record[key], np.float64) for key in (*READINGS, "fluency", "lengths")}
+        name: {key: np.array(record[key], np.float64) for key in (*READINGS, "fluency", "valid", "lengths")}
         for name, record in found.items()
     }
 
@@ -159,7 +164,8 @@ def measure(
 def _batches(lm: LanguageModel, choices: Sequence[Choice], rows: int) -> list[tuple]:
     """All readings in full batches of about one length, as (reading, [(choice's number, swapped)], prompts' token ids, continuations);
     situations and twins apart, as not all arms read both."""
-    by_letter = {choice.id for choice in [choice for choice in choices if not choice.twin][::2]}
+    own = [choice.id for choice in choices if not choice.twin]
+    by_letter = set(own[:: -(-len(own) // LETTERED)])
     readings = [(i, "continuation", False) for i in range(len(choices))]
     readings += [(i, "letter", swapped) for i, choice in enumerate(choices) for swapped in (False, True)
                  if (choice.twin or choice.id) in by_letter]  # fmt: skip
@@ -182,7 +188,7 @@ def _batches(lm: LanguageModel, choices: Sequence[Choice], rows: int) -> list[tu
 def _read(lm: LanguageModel, choices: Sequence[Choice], batches: list[tuple], begun, arm: Arm) -> dict[str, list]:
     n = len(choices)
     odds = {reading: np.full((n, 2), np.nan) for reading in READINGS}
-    fluency, lengths = np.full(n, np.nan), np.zeros((n, 2))
+    fluency, valid, lengths = np.full(n, np.nan), np.full((n, 2), np.nan), np.zeros((n, 2))
     for number, (reading, where, _, _) in enumerate(batches):
         if arm.kind not in ("none", "emotion") and choices[where[0][0]].twin:
             continue
@@ -194,8 +200,11 @@ def _read(lm: LanguageModel, choices: Sequence[Choice], batches: list[tuple], be
             if reading == "continuation":
                 odds[reading][i, 1] = that - this
                 fluency[i], lengths[i] = (this + that) / count.sum(), count
+            else:
+                valid[i, int(swapped)] = np.exp(this) + np.exp(that)
     found = {reading: store.numbers(odds[reading].mean(1)) for reading in READINGS}
-    return found | {"fluency": store.numbers(fluency), "lengths": lengths.tolist()}
+    more = {"fluency": store.numbers(fluency), "valid": store.numbers(valid.mean(1)), "lengths": lengths.tolist()}
+    return found | more
 
 
 def judge(
@@ -212,8 +221,14 @@ def judge(
     own = np.array([i for i, choice in enumerate(choices) if not choice.twin])
     pairs = np.array([(places[choice.twin], i) for i, choice in enumerate(choices) if choice.twin], int).reshape(-1, 2)
     plain = found["none"]
-    cost = {arm.name: np.nanmean(plain["fluency"][own] - found[arm.name]["fluency"][own]) for arm in arms}
-    dropped = {name for name, nats in cost.items() if nats > COHERENT}
+    answered = own[~np.isnan(plain["valid"][own])]
+
+    def whole(of: Mapping[str, np.ndarray]) -> bool:
+        nats = np.mean(plain["fluency"][own] - of["fluency"][own])
+        lost = of["valid"][answered].mean() < VALID * plain["valid"][answered].mean()  # False where it was not read
+        return bool(nats <= COHERENT and not lost)
+
+    dropped = {arm.name for arm in arms if not whole(found[arm.name])}
     longer = plain["lengths"] @ [-1, 1]  # how much longer `that` is
 
     def slope(direction: str, reading: str, where: np.ndarray) -> np.ndarray | None:

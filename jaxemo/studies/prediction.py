@@ -64,16 +64,6 @@ class Prediction:
         return "\n".join(lines + [f"  {claim} -> {said}" for claim, said in self.verdicts.items()])
 
 
-def partial(x: np.ndarray, y: np.ndarray, given: np.ndarray) -> float:
-    """The mean over columns of the correlation of `x [n, E]` with `y [n, E]`, what `given [n, E]` explains taken out of both."""
-    found = []
-    for a, b, c in zip(x.T, y.T, given.T, strict=True):
-        design = np.stack([np.ones_like(c), c], 1)
-        a, b = (v - design @ np.linalg.lstsq(design, v, rcond=None)[0] for v in (a, b))
-        found.append(float(np.corrcoef(a, b)[0, 1]) if a.any() and b.any() else 0.0)
-    return float(np.mean(found))
-
-
 def judge(
     before: np.ndarray, user: np.ndarray, answer: np.ndarray, words: np.ndarray, labels: np.ndarray, same: np.ndarray,
     random: Sequence[np.ndarray], seed: int = 0,
@@ -81,16 +71,16 @@ def judge(
     """From the readings before the answer and of the user's words `[n, E]`, the tones of answer and message `[n, E]`, the user's
     emotions `labels [n]`, which replies are to have the `same` tone, and `random` readings before the answer."""
     z = {"before the answer": scipy.stats.zscore(before), "in the user's words": scipy.stats.zscore(user)}
-    r = partial(before, answer, words)
+    r = statistics.partial(before, answer, words)
     rng, dealt = np.random.default_rng(seed), []
     for _ in range(PERMUTATIONS):
         order = np.arange(len(labels))
         for label in np.unique(labels):
             at = np.flatnonzero(labels == label)
             order[at] = rng.permutation(at)
-        dealt.append(partial(before, answer[order], words))
+        dealt.append(statistics.partial(before, answer[order], words))
     p = (1 + sum(x >= r for x in dealt)) / (1 + PERMUTATIONS)
-    by_chance = np.array([partial(x, answer, words) for x in random])
+    by_chance = np.array([statistics.partial(x, answer, words) for x in random])
     told = {f"{where}, {what}": float((s.argmax(1) == labels)[group].mean())
             for where, s in z.items() for what, group in (("same tone", same), ("another tone", ~same))}  # fmt: skip
     gap = z["before the answer"] - z["in the user's words"]
@@ -106,7 +96,7 @@ def judge(
     }  # fmt: skip
     return {
         "r": r,
-        "user_r": partial(user, answer, words),
+        "user_r": statistics.partial(user, answer, words),
         "random": by_chance,
         "p": p,
         "told": told,

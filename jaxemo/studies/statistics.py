@@ -97,3 +97,13 @@ def verdict(effect: Effect, claimed: int) -> str:
     if effect.p < ALPHA and not effect.low <= 0 <= effect.high:
         return "replicates" if effect.mean * claimed > 0 else "opposite"
     return "does not replicate"
+
+
+def partial(x: np.ndarray, y: np.ndarray, given: np.ndarray) -> float:
+    """The mean over columns of the correlation of `x [n, E]` with `y [n, E]`, what `given [n, E]` explains taken out of both."""
+    found = []
+    for a, b, c in zip(x.T, y.T, given.T, strict=True):
+        design = np.stack([np.ones_like(c), c], 1)
+        a, b = (v - design @ np.linalg.lstsq(design, v, rcond=None)[0] for v in (a, b))
+        found.append(float(np.corrcoef(a, b)[0, 1]) if a.any() and b.any() else 0.0)
+    return float(np.mean(found))
