@@ -184,7 +184,7 @@ def test_a_study_goes_on_where_it_was_killed_and_refuses_anothers_measurements(l
 
 def test_strengths_are_the_largest_within_the_budget(lm, vectors):
     texts = ["some words to read", "and some more of them"]
-    found = arms.calibrate(lm, vectors, vectors.names, (LAST,), texts, budget=0.3)
+    found = arms.calibrate(lm, vectors, vectors.names, (LAST,), texts, budget=0.3, progress=False)
     for chosen, cost in ((found.emotion, found.cost), (found.random, found.random_cost)):
         at = found.grid.index(chosen)
         assert cost[at] <= 0.3 and (at + 1 == len(found.grid) or cost[at + 1] > 0.3)
@@ -196,7 +196,7 @@ def test_strengths_are_the_largest_within_the_budget(lm, vectors):
     }
     assert length == {"random": pytest.approx(0.6), "matched": pytest.approx(0.3)}
     with pytest.raises(ValueError, match="steer fewer layers"):
-        arms.calibrate(lm, vectors, vectors.names, (LAST,), texts, budget=-1.0)
+        arms.calibrate(lm, vectors, vectors.names, (LAST,), texts, budget=-1.0, progress=False)
 
 
 def test_controls_are_as_long_as_what_they_control(vectors):
@@ -237,7 +237,7 @@ def test_studies_are_run_by_name_and_summed_up(lm, vectors, situations, tmp_path
 def test_the_strength_is_found_once_for_all_studies_and_of_one_model(lm, vectors, tmp_path, monkeypatch):
     found = []
     want = arms.Strength(0.1, 0.05, (LAST,), (0.05, 0.1), (0.01, 0.02), (0.03, float("nan")))
-    monkeypatch.setattr(arms, "calibrate", lambda *args: found.append(args[2]) or want)
+    monkeypatch.setattr(arms, "calibrate", lambda *args, **_: found.append(args[2]) or want)
     path = tmp_path / "strength.json"
     for _ in range(2):
         assert str(battery._strength(lm, vectors, path, (LAST,), None)) == str(want)

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from tqdm import tqdm
 
 from jaxemo.emotions import corpus, extraction
 from jaxemo.emotions.vectors import EmotionVectors
@@ -20,7 +21,9 @@ from jaxemo.steering import Steering
 DOSES = (-1.0, -0.5, 0.5, 1.0)
 RANDOM = 20
 OTHER = 6  # directions of topics, and as many of shuffled labels
-GRID = (0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4)  # strengths tried
+GRID = tuple(
+    round(10 ** (k / 10 - 2.5), 4) for k in range(22)
+)  # strengths tried, ten an order of magnitude: 0.0032 to 0.3981
 BUDGET = 0.1  # nats of a neutral text's token
 
 
@@ -42,7 +45,7 @@ class Arm:
 @dataclasses.dataclass(frozen=True)
 class Strength:
     """The largest strengths of the `grid` at which a text stays within the budget: `emotion` for emotions, `random` for random
-    directions. `cost` and `random_cost`, of the grid, are the rise of a neutral token's surprise in nats (NaN beyond the budget)."""
+    directions. `cost` and `random_cost`, of the grid, are the rise of a neutral token's surprise in nats (NaN where it was not tried)."""
 
     emotion: float
     random: float
@@ -102,6 +105,7 @@ def chosen(
     emotions: Sequence[str],
     layers: Sequence[int] | None,
     strength: Given,
+    progress: bool = True,
 ) -> Strength:
     """The layers, by default `band`'s, and the strength: the one given, for random directions too, or the largest in the budget."""
     if isinstance(strength, Strength):
@@ -109,7 +113,9 @@ def chosen(
             raise ValueError(f"layers {list(layers)}, but the strength given is of layers {list(strength.layers)}")
         return strength
     layers = band(lm.config.n_layers) if layers is None else tuple(layers)
-    return calibrate(lm, vectors, emotions, layers) if strength is None else Strength(strength, strength, layers)
+    if strength is None:
+        return calibrate(lm, vectors, emotions, layers, progress=progress)
+    return Strength(strength, strength, layers)
 
 
 def calibrate(
@@ -120,31 +126,36 @@ def calibrate(
     texts: Sequence[str] | None = None,
     budget: float = BUDGET,
     random: int = 4,
+    progress: bool = True,
 ) -> Strength:
     """How strong steering may be: the mean cost, up and down, stays within `budget`, for emotions and for random directions alike.
 
     Raises ValueError where the weakest of the grid costs emotions more.
     """
-    batch = lm.batch(list(texts or corpus.shipped().neutral[:8]))
+    batch = lm.batch(list(texts or corpus.shipped().neutral[:4]))
     inside = np.arange(batch.ids.shape[1]) < batch.lengths[:, None]
     plain = np.asarray(lm.logprobs(batch))[inside].mean()
     controls = vectors.random(random, seed=1)
-    cost = np.full((2, len(GRID)), np.nan)
-    for row, (of, names) in enumerate(((vectors, emotions), (controls, controls.names))):
-        for at, strength in enumerate(GRID):
-            spent = [
-                plain - np.asarray(lm.logprobs(batch, of.steer(name, sign * strength, layers)))[inside].mean()
-                for name, sign in itertools.product(names, (-1, 1))
-            ]
-            cost[row, at] = np.mean(spent)
-            if cost[row, at] > budget:
-                break
-    if not cost[0, 0] <= budget:
+    cost, found = np.full((2, len(GRID)), np.nan), []
+    most = len(GRID).bit_length() * (len(emotions) + random) * 2
+    with tqdm(total=most, unit="reading", desc="strength", disable=not progress) as bar:
+        for row, (of, names) in enumerate(((vectors, emotions), (controls, controls.names))):
+            fits, too_much = -1, len(GRID)  # between these two lies what is looked for
+            while too_much - fits > 1:
+                at, spent = (fits + too_much) // 2, []
+                for name, sign in itertools.product(names, (-1, 1)):
+                    steered = lm.logprobs(batch, of.steer(name, sign * GRID[at], layers))
+                    spent.append(plain - np.asarray(steered)[inside].mean())
+                    bar.update()
+                cost[row, at] = np.mean(spent)
+                fits, too_much = (at, too_much) if cost[row, at] <= budget else (fits, at)
+            found.append(fits)
+    if found[0] < 0:
         raise ValueError(
             f"a strength of {GRID[0]} at layers {list(layers)} already costs {cost[0, 0]:.2f} nats a token, more than "
             f"{budget}; steer fewer layers"
         )
-    emotion, by_chance = (GRID[max(np.flatnonzero(row <= budget), default=0)] for row in cost)
+    emotion, by_chance = (GRID[max(at, 0)] for at in found)
     return Strength(emotion, by_chance, tuple(layers), GRID, tuple(cost[0].tolist()), tuple(cost[1].tolist()))
 
 
@@ -154,19 +165,24 @@ def irrelevant(
     """Directions made as the emotions' are, from the same stories, but of their topics and of labels dealt out by chance; `OTHER` of
     each."""
     of = of or corpus.starter()
-    topics = tuple(corpus.Story(f"topic {s.topic}", s.topic, s.text) for s in of.stories)
+    known = dict.fromkeys(s.topic for s in of.stories)
+    topics = tuple(
+        corpus.Story(f"topic {s.topic}", s.topic, s.text) for s in of.stories if s.topic in list(known)[:OTHER]
+    )
     dealt = np.random.default_rng(seed).permutation([s.emotion for s in of.stories]).tolist()
-    labels = {name: f"shuffled {i}" for i, name in enumerate(of.emotions[:12])}
+    labels = {name: f"shuffled {i}" for i, name in enumerate(of.emotions[:OTHER])}
     shuffled = tuple(
         corpus.Story(labels[name], s.topic, s.text) for name, s in zip(dealt, of.stories, strict=True) if name in labels
     )
-    both = (
+    first, second = (
         extraction.extract(
-            lm, dataclasses.replace(of, name=f"{of.name}, {what}", stories=stories), layers=layers, progress=progress
+            lm,
+            dataclasses.replace(of, name=f"{of.name}, {what}", stories=stories, neutral=of.neutral[::4]),
+            layers=layers,
+            progress=progress,
         )
         for what, stories in (("by topic", topics), ("shuffled", shuffled))
     )
-    first, second = (vectors.select(vectors.names[:OTHER]) for vectors in both)
     joined = (
         np.concatenate([getattr(first, name), getattr(second, name)], 1)
         for name in ("directions", "neutral_mean", "neutral_std")

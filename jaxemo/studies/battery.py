@@ -70,7 +70,9 @@ def run(
     place = pathlib.Path(out)
     place.mkdir(parents=True, exist_ok=True)
     layers = arms.band(lm.config.n_layers) if layers is None else tuple(layers)
-    chosen = _strength(lm, vectors, place / "strength.json", layers, strength) if set(names) & STEERED else None
+    chosen = (
+        _strength(lm, vectors, place / "strength.json", layers, strength, progress) if set(names) & STEERED else None
+    )
     irrelevant = (
         _irrelevant(lm, place / "irrelevant.safetensors", layers, progress) if set(names) & set(CHOICES) else None
     )
@@ -95,7 +97,7 @@ def run(
     return results
 
 
-def _strength(lm, vectors, path, layers, strength) -> arms.Strength:
+def _strength(lm, vectors, path, layers, strength, progress=True) -> arms.Strength:
     """The one given, or else the one found before, or else found now: the same for all studies."""
     if strength is not None:
         return arms.chosen(lm, vectors, (), layers, strength)
@@ -103,7 +105,7 @@ def _strength(lm, vectors, path, layers, strength) -> arms.Strength:
     by = {"weights": params.fingerprint(lm.params)[:16], "directions": digest, "layers": list(layers)}
     if not path.exists():
         known = [name for name in text.EMOTIONS if name in vectors.names] or vectors.names
-        found = dataclasses.asdict(arms.chosen(lm, vectors, known, layers, None))
+        found = dataclasses.asdict(arms.chosen(lm, vectors, known, layers, None, progress))
         files.write_atomically(path, json.dumps({"of": by, "strength": store.plain(found)}, indent=1).encode())
     found = json.loads(path.read_text(encoding="utf-8"))
     if found["of"] != by:

@@ -303,7 +303,7 @@ def study(
     place = pathlib.Path(out)
     place.mkdir(parents=True, exist_ok=True)
     emotions = tuple(dict.fromkeys(claim.emotion for claim in claims))
-    chosen = arms_lib.chosen(lm, vectors, emotions, layers, strength)
+    chosen = arms_lib.chosen(lm, vectors, emotions, layers, strength, progress)
     arms = arms_lib.make(vectors, emotions, chosen, irrelevant, random=random)
     measured = measure(lm, choices, arms, place / f"{name}.jsonl", progress=progress)
     result = judge(name, lm, choices, claims, arms, measured, chosen)

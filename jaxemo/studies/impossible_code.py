@@ -437,7 +437,7 @@ def study(
     emotions = tuple(claim.emotion for claim in CLAIMS)
     if write is None:
         write = writer(lm, vectors, emotions, random, max_new_tokens, temperature, rows)
-    chosen = arms_lib.chosen(lm, vectors, emotions, layers, strength)
+    chosen = arms_lib.chosen(lm, vectors, emotions, layers, strength, progress)
     arms = {arm.name: arm for arm in arms_lib.make(vectors, emotions, chosen, irrelevant, random=random, seed=seed)}
 
     def one(name: str) -> dict[str, Any]:

@@ -252,7 +252,7 @@ def study(
     place_of.mkdir(parents=True, exist_ok=True)
     items = list(activities or records("activities.jsonl"))
     texts, n = [item["text"] for item in items], len(items)
-    chosen = arms_lib.chosen(lm, vectors, emotions, layers, strength)
+    chosen = arms_lib.chosen(lm, vectors, emotions, layers, strength, progress)
     arms = {
         arm.name: arm for arm in arms_lib.make(vectors, emotions, chosen, doses=(-1.0, 1.0), random=random, seed=seed)
     }

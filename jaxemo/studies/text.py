@@ -289,7 +289,7 @@ def study(
     place = pathlib.Path(out)
     place.mkdir(parents=True, exist_ok=True)
     items = list(items or records("openers.jsonl"))
-    chosen = arms_lib.chosen(lm, vectors, emotions, layers, strength)
+    chosen = arms_lib.chosen(lm, vectors, emotions, layers, strength, progress)
     arms = arms_lib.make(vectors, emotions, chosen, random=RANDOM, seed=seed)
     texts, found = measure(lm, items, arms, place / "text.jsonl", rows, seed, progress)
     judged, dropped = judge(claims(emotions), arms, found)
