@@ -5,7 +5,7 @@ CONSTRAINTS ?= -c constraints.txt
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(CONSTRAINTS)
 
-.PHONY: demo test lint test-tpu parity fuzz bench bench-loading bench-kernels bench-extraction bench-reading bench-sweep bench-limits emotions clean
+.PHONY: demo test lint test-tpu parity fuzz bench bench-loading bench-kernels bench-extraction bench-reading bench-sweep bench-limits emotions studies clean
 
 # The main job on a real model; writes report.html.
 demo: $(VENV)/.base
@@ -67,6 +67,17 @@ bench-limits: $(VENV)/.base
 # What the directions of the two real models are worth, each number beside its baselines (about 40 minutes on 2 cores).
 emotions: $(VENV)/.base
 	$(BIN)/python bench/emotions.py $(ARGS)
+
+# What SmolLM2-135M does when a direction is turned up or down; the results and their page are kept in bench/results/studies.
+STUDIED = build/studies/smollm2-135m
+studies: $(VENV)/.base build/emotions/smollm2-135m.safetensors
+	$(BIN)/jaxemo study forced-choice,preference,prediction,text smollm2-135m --vectors build/emotions/smollm2-135m.safetensors -o $(STUDIED)
+	mkdir -p bench/results/studies
+	cp $(STUDIED)/*.txt $(STUDIED)/*.json $(STUDIED)/report.html bench/results/studies
+
+build/emotions/%.safetensors: | $(VENV)/.base
+	mkdir -p $(@D)
+	$(BIN)/jaxemo extract $* -o $@
 
 # Check and time the kernels on the TPU or GPU at hand; with ARGS=--tune, choose by what was measured from then on.
 bench-kernels: $(VENV)/.base
