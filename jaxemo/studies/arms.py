@@ -25,6 +25,7 @@ GRID = tuple(
     round(10 ** (k / 10 - 2.5), 4) for k in range(22)
 )  # strengths tried, ten an order of magnitude: 0.0032 to 0.3981
 BUDGET = 0.1  # nats of a neutral text's token
+ALIKE = 1.5  # strengths that differ less are as costly as need be
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,13 +84,15 @@ def make(
     random: int = RANDOM,
     seed: int = 0,
 ) -> list[Arm]:
-    """No steering; every emotion at every dose; random and irrelevant directions at the largest, up and down."""
+    """No steering; every emotion at every dose; random and irrelevant directions at the largest, up and down, random ones also at the
+    strength that costs as much where that is another."""
     ends, controls = (min(doses), max(doses)), vectors.random(random, seed)
     groups: list[tuple[Any, ...]] = [
         ("emotion", "", vectors, tuple(emotions), doses, strength.emotion),
         ("random", "", controls, controls.names, ends, strength.emotion),
     ]
-    if strength.random != strength.emotion:
+    weaker, stronger = sorted((strength.emotion, strength.random))
+    if stronger > ALIKE * weaker:
         groups.append(("matched", ", matched", controls, controls.names, ends, strength.random))
     if irrelevant is not None:
         groups.append(("irrelevant", "", irrelevant, irrelevant.names, ends, strength.emotion))

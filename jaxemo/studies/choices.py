@@ -177,9 +177,10 @@ def _batches(lm: LanguageModel, choices: Sequence[Choice], rows: int) -> list[tu
     batches = []
     for (reading, _), of in kinds.items():
         of.sort(key=lambda at: len(prompts[at]))
-        for first in range(0, len(of), rows):
-            part = of[first : first + rows]
-            filled = part + [part[-1]] * (min(rows, len(of)) - len(part))
+        size = -(-len(of) // -(-len(of) // rows))  # of batches that are all about as full
+        for first in range(0, len(of), size):
+            part = of[first : first + size]
+            filled = part + [part[-1]] * (size - len(part))
             where = [(readings[at][0], readings[at][2]) for at in part]
             batches.append((reading, where, [prompts[at] for at in filled], [texts[at] for at in filled]))
     return batches
