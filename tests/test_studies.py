@@ -1,6 +1,7 @@
 """Studies: statistics that find what is there and not what is not, choices read right, planted effects and planted nulls."""
 
 import collections
+import dataclasses
 import json
 
 import numpy as np
@@ -9,7 +10,7 @@ import scipy.stats
 
 import jaxemo
 from jaxemo import params, steering, studies
-from jaxemo.emotions import corpus
+from jaxemo.emotions import corpus, extraction
 from jaxemo.studies import arms, battery, choices, statistics
 from jaxemo.studies.choices import Choice, Claim
 
@@ -195,8 +196,34 @@ def test_strengths_are_the_largest_within_the_budget(lm, vectors):
         for kind in ("random", "matched")
     }
     assert length == {"random": pytest.approx(0.6), "matched": pytest.approx(0.3)}
+    alike = arms.make(vectors, ["planted"], strength(0.2, random=0.15))
+    assert {arm.kind for arm in alike} == {"none", "emotion", "random"}, "nearly as long is as costly as need be"
     with pytest.raises(ValueError, match="steer fewer layers"):
         arms.calibrate(lm, vectors, vectors.names, (LAST,), texts, budget=-1.0, progress=False)
+
+
+def test_irrelevant_directions_are_of_topics_and_of_labels_dealt_out(lm):
+    draw = np.random.default_rng(0).choice
+    words = ["sand", "tin", "moss", "rope", "ash", "kelp", "brine", "clay"]
+    names = [f"{number}" for number in range(arms.OTHER + 2)]
+    of = corpus.Corpus(
+        "small",
+        tuple(
+            corpus.Story(f"e{e}", f"t{t}", " ".join([f"t{t}"] * 8 + draw(words, 12).tolist()))
+            for e in names
+            for t in names
+        ),
+        tuple(" ".join(draw(words, 20)) for _ in range(12)),
+    )
+    made = arms.irrelevant(lm, of, layers=[LAST], progress=False)
+    assert made.names == tuple(f"{what}{i}" for what in ("topic t", "shuffled ") for i in range(arms.OTHER))
+    assert made.layers == (LAST,)
+    topics = (s for s in of.stories if int(s.topic[1:]) < arms.OTHER)
+    by_topic = tuple(corpus.Story(f"topic {s.topic}", s.topic, s.text) for s in topics)
+    want = extraction.extract(
+        lm, dataclasses.replace(of, stories=by_topic, neutral=of.neutral[::4]), layers=[LAST], progress=False
+    )
+    np.testing.assert_array_equal(made.select(want.names).directions[LAST], want.directions[LAST])
 
 
 def test_controls_are_as_long_as_what_they_control(vectors):
