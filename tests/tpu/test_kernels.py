@@ -20,6 +20,9 @@ from jaxemo import kernels
 
 TOPOLOGIES = ("v5e:2x2", "v5p:2x2x1", "v6e:2x2")
 WIDTHS, COUNTS = (576, 2048, 4096, 8192), (24, 171, 342, 1024)
+# Every size on the chip with the least VMEM, on the others the smallest and the largest.
+SIZES = [("v5p:2x2x1", D, E) for D in WIDTHS for E in COUNTS]
+SIZES += [(topology, D, E) for topology in ("v5e:2x2", "v6e:2x2") for D, E in ((576, 171), (8192, 1024))]
 f32, bf16, i32 = jnp.float32, jnp.bfloat16, jnp.int32
 
 
@@ -48,9 +51,7 @@ def check_traffic(label, program, minimum):
     assert moved <= 1.05 * minimum
 
 
-@pytest.mark.parametrize("E", COUNTS)
-@pytest.mark.parametrize("D", WIDTHS)
-@pytest.mark.parametrize("topology", TOPOLOGIES)
+@pytest.mark.parametrize(("topology", "D", "E"), SIZES)
 def test_project_compiles_and_reads_activations_once(topology, D, E):
     N = 65536
     run = functools.partial(kernels.project, impl="kernel")
@@ -83,9 +84,7 @@ def arrays(D, E, shapes):
 
 
 @pytest.mark.parametrize("op", OPS)
-@pytest.mark.parametrize("E", COUNTS)
-@pytest.mark.parametrize("D", WIDTHS)
-@pytest.mark.parametrize("topology", TOPOLOGIES)
+@pytest.mark.parametrize(("topology", "D", "E"), SIZES)
 def test_every_op_compiles(topology, D, E, op):
     run, *shapes = OPS[op]
     compiled(topology, run, *arrays(D, E, [((B, T, "D"), bf16), *shapes]))
