@@ -229,6 +229,9 @@ def _parser() -> argparse.ArgumentParser:
                      "text at most 0.1 nats a token)")  # fmt: skip
     sub.add_argument("--base", help="for post-training: the model that MODEL was made from")
     sub.add_argument("--base-vectors", help="for post-training: the base's own directions, extracted in the same way")
+    sub.add_argument(
+        "--samples", type=_positive, default=10, help="for impossible-code: rollouts of each task under each arm (10)"
+    )
     sub.add_argument("-o", "--out", default="studies", help="directory to write, or to go on with (studies)")
 
     sub = command("demo", _demo, "extract directions from SmolLM2-135M, test them, and write a report")
@@ -540,7 +543,7 @@ def _study(args):
     base_vectors = args.base_vectors and jaxemo.EmotionVectors.load(args.base_vectors)
     place = pathlib.Path(args.out)
     for result in battery.run(
-        lm, vectors, place, names, args.layers, args.strength, base or None, base_vectors or None
+        lm, vectors, place, names, args.layers, args.strength, base or None, base_vectors or None, args.samples
     ):
         print(f"\n{result}")
     page = report.write(place, place / "report.html").resolve()

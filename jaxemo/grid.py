@@ -132,7 +132,8 @@ def sweep(
                     files.append(file, [record])
                 written += len(result.tokens)
                 bar.update()
-                bar.set_postfix_str(f"{written / (time.monotonic() - begin):.0f} tokens/s", refresh=False)
+                if max_new_tokens:
+                    bar.set_postfix_str(f"{written / (time.monotonic() - begin):.0f} tokens/s", refresh=False)
         seconds = time.monotonic() - begin
         records = [done[i] for i in range(len(jobs))]
         if out is not None and store is not None:

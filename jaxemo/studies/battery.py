@@ -47,10 +47,11 @@ def run(
     strength: float | None = None,
     base: LanguageModel | None = None,
     base_vectors: EmotionVectors | None = None,
+    samples: int = impossible_code.SAMPLES,
     progress: bool = True,
 ) -> list[Any]:
     """Run the studies `names`, by default all that fit: prediction needs a chat template, post-training the `base` model that `lm` was
-    made from, and impossible-code, which is by far the longest, is to be named.
+    made from, and impossible-code, which is by far the longest, is to be named; `samples` are its rollouts of each task under each arm.
 
     Measurements and results are kept in the directory `out`, where a killed run is taken up again; the strength, found once for all
     studies, and the irrelevant directions, made from the starter corpus, too. Raises ValueError for an unknown study, for
@@ -90,7 +91,7 @@ def run(
         elif name == "text":
             results.append(text.study(lm, vectors, out, strength=chosen, progress=progress))
         elif name == "impossible-code":
-            results.append(impossible_code.study(lm, vectors, out, strength=chosen, progress=progress))
+            results.append(impossible_code.study(lm, vectors, out, strength=chosen, samples=samples, progress=progress))
         elif base is not None:
             results.append(post_training.study(base, lm, vectors, out, base_vectors, progress=progress))
         files.write_atomically(place / "summary.txt", f"{summary(results)}\n".encode())
