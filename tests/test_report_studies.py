@@ -320,12 +320,9 @@ def test_a_torn_or_missing_store_is_said_and_a_spoilt_one_refused(tmp_path):
 
 def test_an_unknown_study_is_shown_as_its_claims_and_what_it_printed(tmp_path):
     hostile = "<script>alert(1)</script>"
-    effect = {"mean": -0.2, "low": None, "high": 0.1, "items": 9, "p": 0.03, "rank": 0.05}
-    rows = [
-        {"claim": {"text": hostile}, "effect": effect, "verdict": "opposite"},
-        {"claim": {"text": "b"}, "effect": None, "verdict": "uninformative: too few"},
-    ]
-    novel = {"model": "m", "rows": rows, "verdicts": {"c": "replicates"}, "other": [None]}
+    table = [[hostile, "", "-0.200 [+nan, +0.100]", "0.03", "opposite"],
+             ["b", "", "not measured", "", "uninformative: too few"], ["c", "", "", "", "replicates"]]  # fmt: skip
+    novel = {"model": "m", "other": [None], "table": table}
     (tmp_path / "novel.json").write_text(json.dumps(novel))
     (tmp_path / "novel.txt").write_text(f"novel on m: {hostile} by -0.2\n")
     told(tmp_path)

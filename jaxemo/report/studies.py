@@ -89,8 +89,8 @@ def _study(place: pathlib.Path, name: str) -> Study:
     path, printed = place / f"{name}.json", (place / f"{name}.txt").read_text(encoding="utf-8")
     try:
         saved = json.loads(path.read_text(encoding="utf-8"))
+        claims = saved.pop("table")
         result = _result(saved)
-        claims = result.table() if result else _claims(saved)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
             f"{str(path)!r} is no study's result as this version writes it; run the study again"
@@ -123,16 +123,6 @@ def _result(saved: dict[str, Any]) -> choices.Result | preference.Preference | p
     if saved.keys() == fields(prediction.Prediction):
         return prediction.Prediction(**_numbers(saved) | {"random": np.array(saved["random"], np.float64)})
     return None
-
-
-def _claims(saved: dict[str, Any]) -> list[tuple[str, str, str, str, str]]:
-    """The claims of a result whose other fields are not known here."""
-    found = []
-    for row in saved.get("rows") or ():
-        effect = _effect(row["effect"])
-        told = (effect.interval, f"{effect.p:.2g}") if effect else ("not measured", "")
-        found.append((row["claim"]["text"], "", *told, row["verdict"]))
-    return found + [(claim, "", "", "", said) for claim, said in (saved.get("verdicts") or {}).items()]
 
 
 def _effect(of: dict[str, Any] | None) -> statistics.Effect | None:
@@ -259,23 +249,22 @@ def doses(found: Response, reading: str, rms: float) -> Markup:
 
 
 def forest(result: choices.Result, scales: Mapping[str, float]) -> Markup:
-    """A row a claim and reading: its effect, times −1 where less is claimed, so that right of zero is as claimed."""
+    """A row a claim and reading: its effect, times −1 where less is claimed, so that right of zero is as claimed, beside what random
+    directions do by that reading, the unit."""
     rows = [row for row in result.rows if row.effect]
     y = chart.categories([f"{row.claim.emotion}, {row.reading}" for row in rows])
-    turned = [_turned(row.effect, row.claim.sign) for row in rows if row.effect]
-    twins = [sorted(row.claim.sign * v for v in row.twin) if row.twin else [np.nan] * 3 for row in rows]
-    limits = np.array([[scales[row.reading], result.detectable[row.reading]] for row in rows])
-    x = _roomy(numeric("effect of a dose, as claimed to the right (log-odds)",
-                       [0, *np.ravel(turned), *np.ravel(twins), *limits.ravel(), *-limits.ravel()]))  # fmt: skip
+    turned = [np.array(_turned(row.effect, row.claim.sign)) / scales[row.reading] for row in rows if row.effect]
+    twins = [np.sort(np.multiply(row.claim.sign, row.twin)) / scales[row.reading] if row.twin else [np.nan] * 3
+             for row in rows]  # fmt: skip
+    least = np.array([result.detectable[row.reading] / scales[row.reading] for row in rows])
+    x = _roomy(numeric("effect as claimed, in root mean squares of random directions",
+                       [0, 1, -1, *np.ravel(turned), *np.ravel(twins), *least, *-least]))  # fmt: skip
     plane, marks, n = [chart.level(x, y, 0, "c2", upright=True)], [], len(rows)
-    for i, (row, (mean, low, high), twin, (rms, least)) in enumerate(
-        zip(rows, turned, twins, limits.tolist(), strict=True)
-    ):
-        if np.isfinite(rms):
-            a, b = x([-rms, rms]).tolist()
-            plane.append(
-                f'<rect class="area c4" x="{a:.4f}" y="{(i + 0.08) / n:.4f}" width="{b - a:.4f}" height="{0.84 / n:.4f}"/>'
-            )
+    a, b = x([-1, 1]).tolist()
+    for i, (row, (mean, low, high), twin, edge) in enumerate(zip(rows, turned, twins, least.tolist(), strict=True)):
+        plane.append(
+            f'<rect class="area c4" x="{a:.4f}" y="{(i + 0.08) / n:.4f}" width="{b - a:.4f}" height="{0.84 / n:.4f}"/>'
+        )
         plane += [
             chart.line(x, y, [low, high], [i + 0.4] * 2, "c0"),
             chart.line(x, y, [twin[0], twin[2]], [i + 0.72] * 2, "c1"),
@@ -289,9 +278,8 @@ def forest(result: choices.Result, scales: Mapping[str, float]) -> Markup:
             marks += chart.dots(
                 x, y, [twin[1]], [i + 0.72], [f"{', '.join(told)}, in the twins: {_ranged(row.twin)}"], "c1", "square"
             )
-        marks += chart.dots(
-            x, y, [-least, least], [i + 0.4] * 2, [f"found with a power of 80 %: {least:.3f}"] * 2, "c2", "tick"
-        )
+        told_least = f"found with a power of 80 %: {result.detectable[row.reading]:.3f}"
+        marks += chart.dots(x, y, [-edge, edge], [i + 0.4] * 2, [told_least] * 2, "c2", "tick")
     entries = [("dot", "c0", "effect, with 95 % interval over situations"), ("area", "c4", "± root mean square of random directions"),
                ("tick", "c2", "found with a power of 80 %")]  # fmt: skip
     if any(row.twin for row in rows):

@@ -61,8 +61,9 @@ def fingerprint(steering: Steering | None) -> str:
 
 
 def save(result: Any, out: str | os.PathLike, name: str) -> None:
-    """A study's result as text and as JSON, in the directory `out`."""
-    text = json.dumps(plain(dataclasses.asdict(result)), indent=1, allow_nan=False)
+    """A study's result as text and as JSON, with its table, in the directory `out`."""
+    fields = plain(dataclasses.asdict(result) | {"table": result.table()})
+    text = json.dumps(fields, indent=1, allow_nan=False)
     files.write_atomically(pathlib.Path(out) / f"{name}.txt", f"{result}\n".encode())
     files.write_atomically(pathlib.Path(out) / f"{name}.json", f"{text}\n".encode())
 
