@@ -21,9 +21,7 @@ from jaxemo.steering import Steering
 DOSES = (-1.0, -0.5, 0.5, 1.0)
 RANDOM = 20
 OTHER = 6  # directions of topics, and as many of shuffled labels
-GRID = tuple(
-    round(10 ** (k / 10 - 2.5), 4) for k in range(22)
-)  # strengths tried, ten an order of magnitude: 0.0032 to 0.3981
+GRID = tuple(round(10 ** (k / 10 - 2.5), 4) for k in range(22))  # strengths tried: ten steps from 0.01 to 0.1
 BUDGET = 0.1  # nats of a neutral text's token
 ALIKE = 1.5  # strengths that differ less are as costly as need be
 

@@ -27,9 +27,7 @@ from jaxemo.studies import statistics, store
 from jaxemo.studies.arms import Arm
 
 READINGS = ("continuation", "letter")
-LETTERED = (
-    20  # situations, at most and spread evenly, that are also read by letter, which takes two longer questions each
-)
+LETTERED = 20  # situations, at most and spread evenly, that are also read by letter: two longer questions each
 COHERENT = 0.5  # nats that a token of the options may cost more than unsteered; a dose that costs more is dropped
 VALID = 0.5  # of the probability that the two letters have unsteered; a dose that leaves less is dropped
 SATURATED = 0.95  # where as many unsteered choices fall on one side, there is no room for a rate to move

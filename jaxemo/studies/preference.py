@@ -228,7 +228,7 @@ def steer(
     chance = {kind: float(np.sqrt((x.mean(1) ** 2).mean())) for kind, x in controls.items()}
     if not controls:
         return {}, chance, dropped, float("nan")
-    harder = controls[max(chance, key=lambda kind: chance[kind])]  # to beat
+    harder = controls[max(chance, key=lambda kind: chance[kind])]  # the harder to beat
     effects = {name: statistics.effect(x, harder) for name, x in slopes("emotion").items()}
     corrected = statistics.holm({name: effect.p for name, effect in effects.items()})
     effects = {name: dataclasses.replace(effect, p=corrected[name]) for name, effect in effects.items()}
