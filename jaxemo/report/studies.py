@@ -254,8 +254,7 @@ def forest(result: choices.Result, scales: Mapping[str, float]) -> Markup:
     rows = [row for row in result.rows if row.effect]
     y = chart.categories([f"{row.claim.emotion}, {row.reading}" for row in rows])
     turned = [np.array(_turned(row.effect, row.claim.sign)) / scales[row.reading] for row in rows if row.effect]
-    twins = [np.sort(np.multiply(row.claim.sign, row.twin)) / scales[row.reading] if row.twin else [np.nan] * 3
-             for row in rows]  # fmt: skip
+    twins = [np.sort(np.multiply(row.claim.sign, row.twin or [np.nan] * 3)) / scales[row.reading] for row in rows]
     least = np.array([result.detectable[row.reading] / scales[row.reading] for row in rows])
     x = _roomy(numeric("effect as claimed, in root mean squares of random directions",
                        [0, 1, -1, *np.ravel(turned), *np.ravel(twins), *least, *-least]))  # fmt: skip

@@ -202,8 +202,8 @@ def _read(lm: LanguageModel, choices: Sequence[Choice], batches: list[tuple], be
             else:
                 valid[i, int(swapped)] = np.exp(this) + np.exp(that)
     found = {reading: store.numbers(odds[reading].mean(1)) for reading in READINGS}
-    more = {"fluency": store.numbers(fluency), "valid": store.numbers(valid.mean(1)), "lengths": lengths.tolist()}
-    return found | more
+    found |= {"fluency": store.numbers(fluency), "valid": store.numbers(valid.mean(1))}
+    return {**found, "lengths": lengths.tolist()}
 
 
 def judge(
