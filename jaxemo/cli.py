@@ -229,9 +229,7 @@ def _parser() -> argparse.ArgumentParser:
                      "text at most 0.1 nats a token)")  # fmt: skip
     sub.add_argument("--base", help="for post-training: the model that MODEL was made from")
     sub.add_argument("--base-vectors", help="for post-training: the base's own directions, extracted in the same way")
-    sub.add_argument(
-        "--samples", type=_positive, default=10, help="for impossible-code: rollouts of each task under each arm (10)"
-    )
+    sub.add_argument("--samples", type=_positive, help="for impossible-code: rollouts of each task under each arm (10)")
     sub.add_argument("-o", "--out", default="studies", help="directory to write, or to go on with (studies)")
 
     sub = command("demo", _demo, "extract directions from SmolLM2-135M, test them, and write a report")
@@ -534,16 +532,26 @@ def _sweep(args):
 def _study(args):
     import jaxemo
     from jaxemo.report import studies as report
-    from jaxemo.studies import battery
+    from jaxemo.studies import battery, impossible_code
 
     begin = time.monotonic()
     names = None if args.study == "all" else args.study.split(",")
+    if args.samples and "impossible-code" not in (names or ()):
+        raise ValueError("--samples does nothing here: it is of the study impossible-code")
     vectors, lm = _vectors(args, "steering"), _load(args)
     base = args.base and jaxemo.load(args.base, dtype=args.dtype)
     base_vectors = args.base_vectors and jaxemo.EmotionVectors.load(args.base_vectors)
     place = pathlib.Path(args.out)
     for result in battery.run(
-        lm, vectors, place, names, args.layers, args.strength, base or None, base_vectors or None, args.samples
+        lm,
+        vectors,
+        place,
+        names,
+        args.layers,
+        args.strength,
+        base or None,
+        base_vectors or None,
+        args.samples or impossible_code.SAMPLES,
     ):
         print(f"\n{result}")
     page = report.write(place, place / "report.html").resolve()

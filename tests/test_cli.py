@@ -78,6 +78,12 @@ def test_options_that_would_do_nothing_are_mistakes(capsys, vectors, extra):
     assert code == 2 and not out and f"{extra[0]} does nothing here: give --steer or --ablate" in err
 
 
+def test_rollouts_are_of_the_study_that_has_them(capsys, vectors, tmp_path):
+    given = ("--vectors", vectors, "--samples", "2", "-o", str(tmp_path / "s"))
+    code, _, err = run(capsys, "study", "forced-choice,text", MODEL, *given)
+    assert code == 2 and "--samples does nothing here" in err and not (tmp_path / "s").exists()
+
+
 def test_a_corpus_that_is_not_there_is_named(capsys, tmp_path):
     code, _, err = run(capsys, "extract", MODEL, "--corpus", "nowhere.jsonl", "-o", str(tmp_path / "v.safetensors"))
     assert code == 2 and "nowhere.jsonl" in err and not list(tmp_path.iterdir())
